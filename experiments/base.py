@@ -1,0 +1,23 @@
+"""What every experiment starts from: all defaults, and the two recipes as sets of keys.
+
+`modern` is the default: Adam with bias correction, a cosine that starts where the warm-up
+ends. `mtf` is how the released models were trained, by EleutherAI/gpt-neo (Mesh TensorFlow).
+Both initialise as the original does, because its scores are not divided by sqrt(head_dim):
+the scale is folded into the queries' initial weights.
+"""
+
+from ml_collections import ConfigDict
+
+from neo_jax import config as config_lib
+
+
+def get_config() -> ConfigDict:
+    """Every key at its default."""
+    return config_lib.default_config()
+
+
+def mtf_recipe(config: ConfigDict) -> None:
+    """The original's training arithmetic. Source: EleutherAI/gpt-neo, optimizers.py."""
+    config.optimizer.bias_correction = False
+    config.optimizer.schedule = "mtf_cosine"
+    config.loss.z_loss = 1e-4

@@ -1,0 +1,570 @@
+"""From an experiment's ConfigDict to frozen dataclasses that every room reads.
+
+Enters: an experiment file (or its name), plus overrides `--config.section.key=value`.
+Leaves: a `Config`, complete and checked: every default stands here once, every key is
+known, every value has its type, and every contradiction was refused with one line.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import json
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A mistake in a config or on the command line; its message is one line."""
+
+
+# ------------------------------------------------------------------------------ sections
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT-Neo and how it is computed.
+
+    `attention_types` is the pattern that repeats down the layers: one period, one entry a
+    layer, or Hugging Face's nested form `[[["global", "local"], 12]]`. It is kept as the
+    smallest period. `mlp_dim` left out is 4 × `embed_dim`.
+    """
+
+    num_layers: int = 12
+    embed_dim: int = 768
+    num_heads: int = 12
+    mlp_dim: int | None = None
+    attention_types: tuple[str, ...] = ("global", "local")
+    window_size: int = 256  # keys that a local layer sees, the query's own included
+    vocab_size: int = 50257
+    vocab_multiple: int = 128  # embedding rows are padded up to a multiple of this
+    max_seq_len: int = 2048  # learned positions
+    activation: Literal["gelu_new", "gelu", "relu", "silu"] = "gelu_new"
+    layer_norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    initializer: Literal["mtf", "hf"] = "mtf"
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    # "auto": bfloat16 on TPU and GPU, float32 on CPU.
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    attention: Literal["auto", "reference", "banded"] = "auto"
+    scan_layers: bool = True  # one compiled period, run in a loop; false unrolls it
+    remat: Literal["none", "full"] = "none"  # "full": recompute each period in backward
+
+    def __post_init__(self) -> None:
+        if self.mlp_dim is None:
+            object.__setattr__(self, "mlp_dim", 4 * self.embed_dim)
+        object.__setattr__(self, "attention_types", self._smallest_period())
+        _require_positive(
+            self,
+            "model",
+            "num_layers embed_dim num_heads mlp_dim window_size vocab_size vocab_multiple "
+            "max_seq_len layer_norm_eps",
+        )
+        if self.embed_dim % self.num_heads:
+            near = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+            near = sorted(sorted(near, key=lambda n: abs(n - self.num_heads))[:4])
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} does not divide "
+                f"model.embed_dim={self.embed_dim}; the nearest that do: "
+                f"{', '.join(map(str, near))}."
+            )
+
+    def _smallest_period(self) -> tuple[str, ...]:
+        given = self.attention_types
+        pattern, must_fill = _flatten_attention_types(given)
+        for name in pattern:
+            if name not in ("global", "local"):
+                raise ConfigError(
+                    f"model.attention_types: {name!r} is unknown; "
+                    f"use 'global' or 'local'{_did_you_mean(name, ('global', 'local'))}."
+                )
+        if not pattern or (self.num_layers > 0 and self.num_layers % len(pattern)) or (
+            must_fill and len(pattern) != self.num_layers
+        ):
+            raise ConfigError(
+                f"model.attention_types={given!r} describes {len(pattern)} layers, but "
+                f"model.num_layers={self.num_layers}; give one entry a layer, or a period "
+                f"that divides the layers."
+            )
+        for period in range(1, len(pattern) + 1):
+            if len(pattern) % period == 0 and pattern == pattern[:period] * (
+                len(pattern) // period
+            ):
+                return pattern[:period]
+        raise AssertionError("a pattern is always its own period")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head; `embed_dim / num_heads`."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Embedding rows: `vocab_size` rounded up to `vocab_multiple` (50257 → 50304)."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """One of "global", "local" for each layer, from the bottom up."""
+        return self.attention_types * (self.num_layers // len(self.attention_types))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes [batch, seq] arrays."""
+
+    source: str = "sotu"  # a name, a file, a directory or a glob; see data/sources.py
+    # Held-out text. Left out: every `holdout_every`-th document of `source`.
+    eval_source: str | None = None
+    holdout_every: int = 20  # documents, in the source's order
+    holdout_offset: int = 10  # index of the first document held out
+    # "gpt2", "bpe:4096" (trained on the training documents), a path or a hub id.
+    tokenizer: str = "gpt2"
+    seq_len: int = 2048  # tokens
+    batch_size: int = 8  # sequences, all hosts together
+    isolate_documents: bool = False  # attention and positions start anew at each document
+    shuffle: bool = True
+    num_workers: int = 0  # processes that read ahead; 0 reads in this one
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "data", "seq_len batch_size")
+        if self.eval_source is None and not 0 <= self.holdout_offset < self.holdout_every:
+            raise ConfigError(
+                f"data.holdout_offset={self.holdout_offset} must lie in "
+                f"0 … data.holdout_every-1={self.holdout_every - 1}."
+            )
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers={self.num_workers} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, which takes what is left."""
+
+    data: int = 1  # the batch is split, parameters are copied
+    fsdp: int = -1  # the batch and the parameters are split
+    tensor: int = 1  # heads, mlp and vocabulary are split
+    context: int = 1  # the sequence is split
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ConfigError(f"mesh.{axis}={size} must be positive, or -1 for the rest.")
+        if list(sizes.values()).count(-1) > 1:
+            rest = [axis for axis, size in sizes.items() if size == -1]
+            raise ConfigError(f"mesh: only one axis may be -1, not {', '.join(rest)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping, and the learning rate's path.
+
+    `modern` and `mtf`, the two recipes, are sets of these keys: see experiments/base.py.
+    """
+
+    learning_rate: float = 6e-4  # the peak
+    schedule: Literal["cosine", "mtf_cosine", "constant"] = "cosine"
+    warmup_steps: int = 3000  # optimiser steps
+    decay_steps: int | None = None  # step at which the cosine ends; left out: train.num_steps
+    end_fraction: float = 0.1  # learning rate after the cosine, as a part of the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    bias_correction: bool = True
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    clip_norm: float = 1.0  # global gradient norm
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optimizer", "learning_rate eps clip_norm")
+        for key in ("b1", "b2", "end_fraction"):
+            value = getattr(self, key)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"optimizer.{key}={value} must lie in 0 … 1.")
+        for key in ("warmup_steps", "weight_decay"):
+            if getattr(self, key) < 0:
+                raise ConfigError(
+                    f"optimizer.{key}={getattr(self, key)} must not be negative."
+                )
+        if self.decay_steps is not None and self.decay_steps <= 0:
+            raise ConfigError(f"optimizer.decay_steps={self.decay_steps} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy over the vocabulary."""
+
+    z_loss: float = 0.0  # weight of log²Z, which keeps the softmax's normaliser near 1
+    block_size: int = 1024  # tokens whose logits exist at one time
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "loss", "block_size")
+        if self.z_loss < 0:
+            raise ConfigError(f"loss.z_loss={self.z_loss} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = 1000  # optimiser steps
+    seed: int = 0  # of the weights and of the data's order
+    accumulation_steps: int = 1  # slices of the batch, one after another, one update
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    tensorboard: bool = True
+    wandb_project: str | None = None  # also log to Weights & Biases, which must be installed
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "train", "num_steps accumulation_steps log_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out text during training, and a sample at the end."""
+
+    every: int = 500  # steps; 0: only at the end
+    batch_size: int | None = None  # sequences; left out: data.batch_size
+    max_batches: int = 0  # of the evaluations on the way; 0: all of the held-out text
+    stride: int | None = None  # tokens scored by one window; left out: data.seq_len
+    prompt: str = ""  # of the sample; empty: starts a document
+    sample_tokens: int = 0  # tokens to write at the end; 0: no sample
+    temperature: float = 0.8
+    top_k: int = 40  # 0: all
+
+    def __post_init__(self) -> None:
+        for key in ("every", "max_batches", "sample_tokens", "temperature", "top_k"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"eval.{key}={getattr(self, key)} must not be negative.")
+        for key in ("batch_size", "stride"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise ConfigError(f"eval.{key}={getattr(self, key)} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole training state is written, and how much of it is kept."""
+
+    every: int = 1000  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "checkpoint", "every keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    task: Literal["pretrain"] = "pretrain"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        """Checks that need two sections."""
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} exceeds "
+                f"model.max_seq_len={self.model.max_seq_len} positions; "
+                f"lower data.seq_len to {self.model.max_seq_len} or raise model.max_seq_len."
+            )
+        if self.data.batch_size % self.train.accumulation_steps:
+            raise ConfigError(
+                f"train.accumulation_steps={self.train.accumulation_steps} does not divide "
+                f"data.batch_size={self.data.batch_size}."
+            )
+        if self.eval.stride is not None and self.eval.stride > self.data.seq_len:
+            raise ConfigError(
+                f"eval.stride={self.eval.stride} exceeds data.seq_len={self.data.seq_len}; "
+                f"tokens between two windows would never be scored."
+            )
+
+
+# ------------------------------------------------------------------------------- presets
+
+# Sources: EleutherAI/gpt-neo, branch sampling_etc, configs/GPT3_XL_pretrained.json and
+# GPT3_2-7B_pretrained.json; configs/gpt3_small_256.json and gpt3_medium_256.json at 23485e3.
+PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {
+        "tiny": {
+            "num_layers": 4,
+            "embed_dim": 128,
+            "num_heads": 4,
+            "window_size": 64,
+            "vocab_size": 4096,
+            "max_seq_len": 256,
+        },
+        "neo_125m": {"num_layers": 12, "embed_dim": 768, "num_heads": 12},
+        "neo_350m": {"num_layers": 24, "embed_dim": 1024, "num_heads": 16},
+        "neo_1p3b": {"num_layers": 24, "embed_dim": 2048, "num_heads": 16},
+        "neo_2p7b": {"num_layers": 32, "embed_dim": 2560, "num_heads": 20},
+    }
+)
+
+
+def preset(name: str) -> ConfigDict:
+    """The `model` section of a released shape, complete and open to change.
+
+    Raises:
+      ConfigError: no preset has that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            f"model preset {name!r} is unknown{_did_you_mean(name, PRESETS)}; "
+            f"there are {', '.join(PRESETS)}."
+        )
+    return ConfigDict({**_defaults(ModelConfig), **PRESETS[name]}, type_safe=False)
+
+
+def preset_model(name: str, **changes: Any) -> ModelConfig:
+    """`preset` as a finished dataclass: `preset_model("neo_125m", num_layers=2)`."""
+    return _build(ModelConfig, {**preset(name).to_dict(), **changes}, "model")
+
+
+# ----------------------------------------------------------------------------- assembling
+
+
+def default_config() -> ConfigDict:
+    """Every key with its default, for an experiment to change.
+
+    Returns:
+      A ConfigDict with the sections of `Config`. Assigning a wrong key or type is told by
+      `build`, where a whole line can say what was meant.
+    """
+    sections = {
+        field.name: _defaults(field.default_factory)  # type: ignore[arg-type]
+        for field in dataclasses.fields(Config)
+        if field.default_factory is not dataclasses.MISSING
+    }
+    return ConfigDict({"task": Config.task, **sections}, type_safe=False)
+
+
+def build(config: Mapping[str, Any] | ConfigDict) -> Config:
+    """Checks a ConfigDict, key by key, and freezes it.
+
+    Args:
+      config: sections of keys, as `default_config` returns; missing keys take defaults.
+        `model` may be the name of a preset.
+
+    Raises:
+      ConfigError: an unknown key, a wrong type or a contradiction; one line.
+    """
+    tree = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    if isinstance(tree.get("model"), str):
+        tree["model"] = preset(tree["model"]).to_dict()
+    return _build(Config, tree, "")
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as the text of `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`."""
+    return build(json.loads(text))
+
+
+def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
+    """Runs an experiment's `get_config()` and applies `section.key=value` overrides.
+
+    Args:
+      name_or_path: a Python file, or the bare name of an experiment that comes with neo_jax.
+      overrides: strings such as `optimizer.learning_rate=3e-4`.
+
+    Raises:
+      ConfigError: no such file or name, no `get_config` in it, or a bad override.
+    """
+    tree = _experiment_module(name_or_path).get_config()
+    for text in overrides:
+        _override(tree, text)
+    return build(tree)
+
+
+def experiment_names() -> list[str]:
+    """Names that `load_experiment` knows without a path."""
+    folder = _experiments_folder()
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+# ------------------------------------------------------------------------------- in detail
+
+
+def _require_positive(section: Any, name: str, keys: str) -> None:
+    for key in keys.split():
+        if getattr(section, key) <= 0:
+            raise ConfigError(f"{name}.{key}={getattr(section, key)} must be positive.")
+
+
+def _did_you_mean(name: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _flatten_attention_types(value: Any) -> tuple[tuple[str, ...], bool]:
+    """The pattern as a flat tuple, and whether it was Hugging Face's form, which is total."""
+    if isinstance(value, str) or not isinstance(value, (list, tuple)):
+        raise ConfigError(
+            f"model.attention_types={value!r} must be a list such as ['global', 'local']."
+        )
+    if all(isinstance(item, str) for item in value):
+        return tuple(value), False
+    flat: list[str] = []
+    for item in value:
+        try:
+            names, repeats = item
+            flat.extend(list(names) * repeats)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"model.attention_types: {item!r} is not of the form [['global', 'local'], 12]."
+            ) from None
+    return tuple(flat), True
+
+
+def _defaults(section: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(section)}
+
+
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
+def _build(section: type, tree: Mapping[str, Any], path: str) -> Any:
+    hints = _hints(section)
+    values = {}
+    for key, value in tree.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise ConfigError(_unknown_key(full, key, hints))
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{full}={value!r} must be a section of keys.")
+            values[key] = _build(hints[key], value, full)
+        else:
+            values[key] = _coerce(value, hints[key], full)
+    return section(**values)
+
+
+def _unknown_key(full: str, key: str, valid: Iterable[str]) -> str:
+    # A key that another section holds is the likeliest slip after a misspelling.
+    elsewhere = [
+        f"{name}.{key}"
+        for name, hint in _hints(Config).items()
+        if dataclasses.is_dataclass(hint) and key in _hints(hint)  # type: ignore[arg-type]
+    ]
+    hint = _did_you_mean(key, valid) or (
+        f", did you mean {elsewhere[0]!r}?" if elsewhere else ""
+    )
+    return f"config has no key {full!r}{hint or '; there are ' + ', '.join(valid) + '.'}"
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    """`value` as `hint` asks, or a ConfigError; ints pass as floats, whole floats as ints."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        raise ConfigError(
+            f"{path}={value!r} is not one of {', '.join(choices)}"
+            f"{_did_you_mean(value, choices) or '.'}"
+        )
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return _coerce(value, inner, path)
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(value)
+        raise ConfigError(f"{path}={value!r} must be a list.")
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path}={value!r} must be of type {hint.__name__}.")
+
+
+def _override(tree: ConfigDict, text: str) -> None:
+    """Applies one `section.key=value` to a ConfigDict in place."""
+    path, equals, raw = text.partition("=")
+    if not equals:
+        raise ConfigError(f"override {text!r} has no value; write --config.{path}=VALUE.")
+    *parents, key = path.split(".")
+    hints, node = _hints(Config), tree
+    for i, parent in enumerate(parents):
+        if not dataclasses.is_dataclass(hints.get(parent)):
+            raise ConfigError(_unknown_key(".".join(parents[: i + 1]), parent, hints))
+        hints = _hints(hints[parent])  # type: ignore[arg-type]
+        if isinstance(node[parent], str):  # a preset's name
+            node[parent] = preset(node[parent])
+        node = node[parent]
+    if key not in hints:
+        raise ConfigError(_unknown_key(path, key, hints))
+    node[key] = raw if hints[key] is str else _literal(raw)
+
+
+def _literal(raw: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if raw.lower() in words:
+        return words[raw.lower()]
+    try:
+        return ast.literal_eval(raw)
+    except (ValueError, SyntaxError):
+        return raw
+
+
+def _experiments_folder() -> pathlib.Path:
+    """`neo_jax/experiments` in an installed wheel, `experiments` in a checkout."""
+    package = pathlib.Path(__file__).parent
+    installed = package / "experiments"
+    return installed if installed.is_dir() else package.parent / "experiments"
+
+
+def _experiment_module(name_or_path: str) -> types.ModuleType:
+    folder = _experiments_folder()
+    path = pathlib.Path(name_or_path)
+    if path.suffix != ".py":
+        path = folder / f"{name_or_path}.py"
+    if not path.is_file():
+        names = experiment_names()
+        raise ConfigError(
+            f"--config {name_or_path}: there is no such file or experiment"
+            f"{_did_you_mean(path.stem, names) or '; there are ' + ', '.join(names) + '.'}"
+        )
+    # Experiments say `from neo_jax.experiments import base`, in a checkout as in a wheel.
+    if "neo_jax.experiments" not in sys.modules:
+        package = types.ModuleType("neo_jax.experiments")
+        package.__path__ = [str(folder)]
+        sys.modules["neo_jax.experiments"] = package
+    spec = importlib.util.spec_from_file_location(f"_experiment_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"--config {name_or_path}: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config {name_or_path}: the file defines no get_config().")
+    return module
