@@ -87,8 +87,10 @@ class ModelConfig:
                     f"model.attention_types: {name!r} is unknown; "
                     f"use 'global' or 'local'{_did_you_mean(name, ('global', 'local'))}."
                 )
-        if not pattern or (self.num_layers > 0 and self.num_layers % len(pattern)) or (
-            must_fill and len(pattern) != self.num_layers
+        if (
+            not pattern
+            or (self.num_layers > 0 and self.num_layers % len(pattern))
+            or (must_fill and len(pattern) != self.num_layers)
         ):
             raise ConfigError(
                 f"model.attention_types={given!r} describes {len(pattern)} layers, but "
@@ -430,7 +432,8 @@ def _flatten_attention_types(value: Any) -> tuple[tuple[str, ...], bool]:
             flat.extend(list(names) * repeats)
         except (TypeError, ValueError):
             raise ConfigError(
-                f"model.attention_types: {item!r} is not of the form [['global', 'local'], 12]."
+                f"model.attention_types: {item!r} is not of the form "
+                f"[['global', 'local'], 12]."
             ) from None
     return tuple(flat), True
 
@@ -512,7 +515,7 @@ def _override(tree: ConfigDict, text: str) -> None:
     for i, parent in enumerate(parents):
         if not dataclasses.is_dataclass(hints.get(parent)):
             raise ConfigError(_unknown_key(".".join(parents[: i + 1]), parent, hints))
-        hints = _hints(hints[parent])  # type: ignore[arg-type]
+        hints = _hints(hints[parent])
         if isinstance(node[parent], str):  # a preset's name
             node[parent] = preset(node[parent])
         node = node[parent]

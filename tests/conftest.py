@@ -1,0 +1,61 @@
+"""What every test finds: eight simulated CPU devices, a mesh over them, optional data.
+
+Enters: the environment. Leaves: fixtures `mesh` and `data_folder`. The device count is a
+flag that XLA reads once, so it is set here, before any test imports jax.
+"""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+NUM_DEVICES = 8
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could set XLA_FLAGS.")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_DEVICES}"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+
+# No deadline: compiling takes as long as it takes. Derandomised: a red run can be repeated.
+hypothesis.settings.register_profile("neo_jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("neo_jax")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves tests marked `slow` out, unless `-m` says otherwise."""
+    if config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and not all(_named(config, item) for item in slow):
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def _named(config: pytest.Config, item: pytest.Item) -> bool:
+    """Whether the command line names this very test, as `tests/x_test.py::test_y`."""
+    return any("::" in argument and item.name in argument for argument in config.args)
+
+
+@pytest.fixture
+def mesh():
+    """Eight CPU devices as data 2 × fsdp 2 × tensor 2 × context 1."""
+    import jax
+
+    axes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> pathlib.Path:
+    """The optional folder of benchmark files and samples; tests skip where it is absent."""
+    beside = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("NEO_JAX_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder}; NEO_JAX_DATA names another folder")
+    return folder
