@@ -206,7 +206,7 @@ class LossConfig:
     """Cross-entropy over the vocabulary."""
 
     z_loss: float = 0.0  # weight of log²Z, which keeps the softmax's normaliser near 1
-    block_size: int = 1024  # tokens whose logits exist at one time
+    block_size: int = 512  # positions of each sequence whose logits exist at one time
 
     def __post_init__(self) -> None:
         _require_positive(self, "loss", "block_size")

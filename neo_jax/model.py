@@ -1,0 +1,317 @@
+"""GPT-Neo: from token ids [batch, seq] to hidden states and logits.
+
+Reads like the network: `NeoLM` embeds tokens and positions, runs its blocks in a loop over
+the smallest period of the attention pattern, normalises, and multiplies with the embedding.
+Every weight names its dimensions where it is born; sharding.py places them.
+
+Source: EleutherAI/gpt-neo, models/gpt2/gpt2.py (the network and its initial weights);
+Hugging Face transformers, models/gpt_neo/modeling_gpt_neo.py (the same network in torch).
+
+Shapes: B batch, T position, D embed, N heads, H head_dim, F mlp, V vocab (padded).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from neo_jax import attention
+from neo_jax.config import ModelConfig
+from neo_jax.sharding import constrain
+
+Ids = Int[Array, "batch seq"]
+Hidden = Float[Array, "batch seq embed"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # the tanh form
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of activations; "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(config.compute_dtype)
+
+
+def init_stddevs(config: ModelConfig) -> dict[str, float]:
+    """Standard deviation of each kind of weight's initial normal distribution.
+
+    "mtf" is the original's; its query carries the scale that the scores lack. "hf" is
+    transformers' `initializer_range`, 0.02 for all, which makes a 2.7B model's queries 11
+    times too large to train from.
+    """
+    if config.initializer == "hf":
+        return dict.fromkeys(
+            ("embedding", "positions", "query", "key", "value", "out", "up", "down", "head"),
+            0.02,
+        )
+    D = config.embed_dim
+    return {
+        "embedding": 0.02,
+        "positions": 0.01,
+        "query": (D * config.head_dim) ** -0.5,
+        "key": D**-0.5,
+        "value": D**-0.5,
+        "out": (config.num_heads * config.head_dim) ** -0.5,
+        "up": 0.02,
+        "down": 0.02 / config.num_layers**0.5,
+        "head": 0.02,
+    }
+
+
+def _param(config: ModelConfig, value: Array, names: tuple[str, ...]) -> nnx.Param:
+    # Not sharded eagerly: the jitted function that creates the state places it.
+    value = value.astype(config.param_dtype)
+    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+
+
+def _normal(
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+    std: float,
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> nnx.Param:
+    return _param(config, std * jax.random.normal(rngs.params(), shape), names)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises over embed; statistics in at least float32."""
+
+    def __init__(self, config: ModelConfig):
+        self.eps = config.layer_norm_eps
+        self.scale = _param(config, jnp.ones(config.embed_dim), ("embed",))
+        self.bias = _param(config, jnp.zeros(config.embed_dim), ("embed",))
+
+    def __call__(self, x: Hidden) -> Hidden:
+        float_type = jnp.promote_types(x.dtype, jnp.float32)
+        x_BTD = x.astype(float_type)
+        centred_BTD = x_BTD - x_BTD.mean(axis=-1, keepdims=True)
+        variance_BT1 = jnp.square(centred_BTD).mean(axis=-1, keepdims=True)
+        normed_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + self.eps)
+        return (normed_BTD * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A kernel whose dimensions have names, and a bias over the named output dimensions."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        equation: str,
+        std: float,
+        sizes: dict[str, int],
+        bias: str | None = None,
+    ):
+        self.equation = equation
+        self.kernel = _normal(config, rngs, std, tuple(sizes), tuple(sizes.values()))
+        self.bias = None if bias is None else _param(config, jnp.zeros(sizes[bias]), (bias,))
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; only the output projection has a bias."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        std = init_stddevs(config)
+        sizes = {
+            "embed": config.embed_dim,
+            "heads": config.num_heads,
+            "head_dim": config.head_dim,
+        }
+        into_heads = {"equation": "BTD,DNH->BTNH", "sizes": sizes}
+        self.query = Linear(config, rngs, std=std["query"], **into_heads)
+        self.key = Linear(config, rngs, std=std["key"], **into_heads)
+        self.value = Linear(config, rngs, std=std["value"], **into_heads)
+        self.out = Linear(
+            config,
+            rngs,
+            equation="BTNH,NHD->BTD",
+            std=std["out"],
+            sizes={name: sizes[name] for name in ("heads", "head_dim", "embed")},
+            bias="embed",
+        )
+        self.window_size = config.window_size
+        self.path = config.attention
+
+    def __call__(
+        self, x: Hidden, attention_type: str, segment_ids: Ids | None = None
+    ) -> Hidden:
+        q_BTNH, k_BTNH, v_BTNH = (
+            constrain(project(x), "batch", "seq", "heads", None)
+            for project in (self.query, self.key, self.value)
+        )
+        context_BTNH = attention.attend(
+            q_BTNH,
+            k_BTNH,
+            v_BTNH,
+            window=self.window_size if attention_type == "local" else None,
+            segment_ids=segment_ids,
+            path=self.path,
+        )
+        return self.out(context_BTNH)
+
+
+class MLP(nnx.Module):
+    """Up to `mlp_dim`, an activation, and down again."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        std = init_stddevs(config)
+        D, F = config.embed_dim, config.mlp_dim
+        self.up = Linear(
+            config,
+            rngs,
+            equation="BTD,DF->BTF",
+            std=std["up"],
+            sizes={"embed": D, "mlp": F},
+            bias="mlp",
+        )
+        self.down = Linear(
+            config,
+            rngs,
+            equation="BTF,FD->BTD",
+            std=std["down"],
+            sizes={"mlp": F, "embed": D},
+            bias="embed",
+        )
+        self.activation = config.activation
+
+    def __call__(self, x: Hidden) -> Hidden:
+        h_BTF = constrain(self.up(x), "batch", "seq", "mlp")
+        return self.down(ACTIVATIONS[self.activation](h_BTF))
+
+
+class Block(nnx.Module):
+    """One pre-LayerNorm transformer layer, global or local by its caller's word."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.ln_1 = LayerNorm(config)
+        self.attention = Attention(config, rngs)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self, x: Hidden, attention_type: str, segment_ids: Ids | None = None
+    ) -> Hidden:
+        x = constrain(x, "batch", "seq", None)
+        x = x + self.attention(self.ln_1(x), attention_type, segment_ids)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Embedder(nnx.Module):
+    """Token and learned position embeddings; the former is also the output head when tied."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        std, D = init_stddevs(config), config.embed_dim
+        self.embedding = _normal(
+            config, rngs, std["embedding"], ("vocab", "embed"), (config.padded_vocab_size, D)
+        )
+        self.positions = _normal(
+            config, rngs, std["positions"], ("positions", "embed"), (config.max_seq_len, D)
+        )
+        self.dtype = compute_dtype(config)
+
+    def __call__(self, ids: Ids, positions: Ids | None) -> Hidden:
+        if positions is None:
+            positions = jnp.arange(ids.shape[1])[None]
+        token_BTD = self.embedding[...].astype(self.dtype)[ids]
+        return token_BTD + self.positions[...].astype(self.dtype)[positions]
+
+
+class NeoLM(nnx.Module):
+    """A GPT-Neo language model.
+
+    `blocks` is one Block whose weights carry a leading `layers` dimension, whether the
+    layers are scanned or unrolled, so that checkpoints do not depend on that choice.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedder = Embedder(config, rngs)
+        create = nnx.vmap(
+            lambda key: Block(config, nnx.Rngs(params=key)),
+            transform_metadata={nnx.PARTITION_NAME: "layers"},
+        )
+        self.blocks = create(jax.random.split(rngs.params(), config.num_layers))
+        self.ln_f = LayerNorm(config)
+        self.untied_head = (
+            None
+            if config.tie_embeddings
+            else _normal(
+                config,
+                rngs,
+                init_stddevs(config)["head"],
+                ("vocab", "embed"),
+                (config.padded_vocab_size, config.embed_dim),
+            )
+        )
+
+    def hidden(
+        self, ids: Ids, *, positions: Ids | None = None, segment_ids: Ids | None = None
+    ) -> Hidden:
+        """Final, normalised hidden states.
+
+        Args:
+          ids: token ids, at most `max_seq_len` of them in a row.
+          positions: row of the position table for each token; left out: 0, 1, 2, …
+          segment_ids: tokens attend only within their own segment; padding may be one too.
+        """
+        if ids.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"{ids.shape[1]} tokens exceed model.max_seq_len={self.config.max_seq_len}."
+            )
+        x = self.embedder(ids, positions)
+        return self.ln_f(self._run_blocks(x, segment_ids))
+
+    def logits(
+        self, ids: Ids, *, positions: Ids | None = None, segment_ids: Ids | None = None
+    ) -> Float[Array, "batch seq vocab"]:
+        """Scores of the next token, at least float32, over the `vocab_size` real ids.
+
+        Args as `hidden`.
+        """
+        x_BTD = self.hidden(ids, positions=positions, segment_ids=segment_ids)
+        head_VD = self.head[: self.config.vocab_size].astype(x_BTD.dtype)
+        float_type = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=float_type)
+
+    @property
+    def head(self) -> Float[Array, "padded_vocab embed"]:
+        """The output matrix: the embedding itself where it is tied."""
+        head = self.embedder.embedding if self.untied_head is None else self.untied_head
+        return head[...]
+
+    def _run_blocks(self, x: Hidden, segment_ids: Ids | None) -> Hidden:
+        config = self.config
+        period = len(config.attention_types)
+        graph, weights = nnx.split(self.blocks)
+
+        def run_period(x: Hidden, weights_of_period: nnx.State) -> tuple[Hidden, None]:
+            for i, attention_type in enumerate(config.attention_types):
+                one_layer = jax.tree.map(lambda w, i=i: w[i], weights_of_period)
+                x = nnx.merge(graph, one_layer)(x, attention_type, segment_ids)
+            return x, None
+
+        if config.remat == "full":
+            run_period = jax.checkpoint(run_period)
+        # [layers, …] → [periods, period, …]: the layout of checkpoints knows no period.
+        weights = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), weights)
+        if config.scan_layers:
+            return jax.lax.scan(run_period, x, weights)[0]
+        for i in range(config.num_layers // period):
+            x, _ = run_period(x, jax.tree.map(lambda w, i=i: w[i], weights))
+        return x
