@@ -20,6 +20,20 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
+
+# Shapes and types at public doors are enforced in tests, and only there. config.py is left
+# out: it takes whatever a user wrote, and its own words about a wrong type are under test.
+_PACKAGE = pathlib.Path(__file__).parents[1] / "neo_jax"
+jaxtyping.install_import_hook(
+    [
+        f"neo_jax.{room.stem}"
+        for room in sorted(_PACKAGE.iterdir())
+        if room.stem not in ("__init__", "__pycache__", "config", "experiments", "py")
+    ],
+    # An int may stand for a float, as it may for mypy.
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 # No deadline: compiling takes as long as it takes. Derandomised: a red run can be repeated.
 hypothesis.settings.register_profile("neo_jax", deadline=None, derandomize=True)
@@ -44,11 +58,9 @@ def _named(config: pytest.Config, item: pytest.Item) -> bool:
 @pytest.fixture
 def mesh():
     """Eight CPU devices as data 2 × fsdp 2 × tensor 2 × context 1."""
-    import jax
+    from neo_jax import config, sharding
 
-    axes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+    return sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
 
 
 @pytest.fixture(scope="session")
