@@ -1,0 +1,1 @@
+"""Data, from sources of text to batches: see `pipeline.build`."""
