@@ -1,0 +1,39 @@
+"""The console command `neo-jax VERB …`: another name for `python -m neo_jax.MODULE …`.
+
+Enters: a verb and the arguments of its module. Leaves: that module's exit status. Nothing
+is imported before the verb is known, so that a wrong one is told at once.
+"""
+
+import difflib
+import runpy
+import sys
+
+# verb: (module, what it does)
+VERBS = {
+    "train": ("neo_jax.main", "train an experiment, or resume it"),
+}
+
+
+def main() -> None:
+    """Runs the module of the verb in `sys.argv`.
+
+    Raises:
+      SystemExit: what the module exits with; 1 after a missing or unknown verb.
+    """
+    verb, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if verb in ("-h", "--help", "help"):
+        print(_usage())
+        return
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}."
+        sys.exit(f"neo-jax: {verb!r} is not a verb; {hint}")
+    sys.argv = [f"neo-jax {verb}", *arguments]
+    runpy.run_module(VERBS[verb][0], run_name="__main__", alter_sys=True)
+
+
+def _usage() -> str:
+    lines = [f"  {verb:10} {what}" for verb, (_, what) in VERBS.items()]
+    return "\n".join(
+        ["usage: neo-jax VERB [arguments]", "", *lines, "", "neo-jax VERB --help tells more."]
+    )
