@@ -97,7 +97,7 @@ def test_every_dependency_is_used_and_everything_used_is_a_dependency() -> None:
             used |= used_packages(ast.parse(file.read_text(encoding="utf-8")))
     used -= sys.stdlib_module_names | {"neo_jax"} | OPTIONAL
     owners = importlib.metadata.packages_distributions()
-    needed = {normal(owners[name][0]) for name in used}
+    needed = {normal(owners.get(name, [name])[0]) for name in used}
     declared = {normal(re.split(r"[><=\[]", d)[0]) for d in PROJECT["project"]["dependencies"]}
     assert declared == needed
 
