@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import math
 import pathlib
 import sys
 import types
@@ -36,13 +37,13 @@ class ModelConfig:
 
     `attention_types` is the pattern that repeats down the layers: one period, one entry a
     layer, or Hugging Face's nested form `[[["global", "local"], 12]]`. It is kept as the
-    smallest period. `mlp_dim` left out is 4 × `embed_dim`.
+    smallest period.
     """
 
     num_layers: int = 12
     embed_dim: int = 768
     num_heads: int = 12
-    mlp_dim: int | None = None
+    mlp_dim: int = 0  # 0: 4 × embed_dim
     attention_types: tuple[str, ...] = ("global", "local")
     window_size: int = 256  # keys that a local layer sees, the query's own included
     vocab_size: int = 50257
@@ -60,7 +61,7 @@ class ModelConfig:
     remat: Literal["none", "full"] = "none"  # "full": recompute each period in backward
 
     def __post_init__(self) -> None:
-        if self.mlp_dim is None:
+        if self.mlp_dim == 0:
             object.__setattr__(self, "mlp_dim", 4 * self.embed_dim)
         object.__setattr__(self, "attention_types", self._smallest_period())
         _require_positive(
@@ -188,10 +189,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "optimizer", "learning_rate eps clip_norm")
-        for key in ("b1", "b2", "end_fraction"):
-            value = getattr(self, key)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"optimizer.{key}={value} must lie in 0 … 1.")
+        for key in ("b1", "b2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(
+                    f"optimizer.{key}={getattr(self, key)} must be at least 0 and below 1."
+                )
+        if not 0 <= self.end_fraction <= 1:
+            raise ConfigError(f"optimizer.end_fraction={self.end_fraction} must lie in 0 … 1.")
         for key in ("warmup_steps", "weight_decay"):
             if getattr(self, key) < 0:
                 raise ConfigError(
@@ -199,6 +203,11 @@ class OptimizerConfig:
                 )
         if self.decay_steps is not None and self.decay_steps <= 0:
             raise ConfigError(f"optimizer.decay_steps={self.decay_steps} must be positive.")
+        if self.schedule == "cosine" and (self.decay_steps or math.inf) <= self.warmup_steps:
+            raise ConfigError(
+                f"optimizer.decay_steps={self.decay_steps} must exceed "
+                f"optimizer.warmup_steps={self.warmup_steps}, where the cosine begins."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
