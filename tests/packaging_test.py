@@ -110,7 +110,9 @@ def used_packages(tree: ast.Module) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(str(node.module).split(".")[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".find_spec", ".distribution")):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            (".find_spec", ".distribution")
+        ):
             names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     return names
 
