@@ -126,27 +126,69 @@ class DataConfig:
     """Where text comes from and how it becomes [batch, seq] arrays."""
 
     source: str = "sotu"  # a name, a file, a directory or a glob; see data/sources.py
+    # Several sources instead of `source`: entries (source, weight). More weights in an entry
+    # follow one another, the next from each of `mixture_changes` on.
+    mixture: tuple[tuple[str | float, ...], ...] = ()
+    mixture_changes: tuple[int, ...] = ()  # sequences since the start of training
     # Held-out text. Left out: every `holdout_every`-th document of `source`.
     eval_source: str | None = None
-    holdout_every: int = 20  # documents, in the source's order
+    holdout_every: int = 20  # documents, in the source's order; 0: none is held out
     holdout_offset: int = 10  # index of the first document held out
     # "gpt2", "bpe:4096" (trained on the training documents), a path or a hub id.
     tokenizer: str = "gpt2"
+    record_format: Literal["text", "instruction"] = "text"
+    text_field: str = "text"  # the field of a record that holds its text, or its token ids
+    txt_documents: Literal["file", "blank_lines"] = "file"  # what ends a document in .txt
+    tfds_dir: str = "~/tensorflow_datasets"  # where TFDS keeps prepared data sets
+    on_error: Literal["raise", "skip"] = "raise"  # on unreadable records; skips are counted
+    max_document_bytes: int = 0  # UTF-8 bytes; longer documents are left out; 0: no limit
     seq_len: int = 2048  # tokens
     batch_size: int = 8  # sequences, all hosts together
+    # "concat": cut the joined documents; "best_fit": whole documents, as few rows as fit
+    # them; "none": each document starts a row. None of them loses a token.
+    packing: Literal["concat", "best_fit", "none"] = "concat"
     isolate_documents: bool = False  # attention and positions start anew at each document
     shuffle: bool = True
     num_workers: int = 0  # processes that read ahead; 0 reads in this one
+    allow_spec_change: bool = False  # resume though the data or its settings changed
 
     def __post_init__(self) -> None:
         _require_positive(self, "data", "seq_len batch_size")
-        if self.eval_source is None and not 0 <= self.holdout_offset < self.holdout_every:
+        for key in ("num_workers", "max_document_bytes", "holdout_every"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"data.{key}={getattr(self, key)} must not be negative.")
+        if self.holdout_every and not 0 <= self.holdout_offset < self.holdout_every:
             raise ConfigError(
                 f"data.holdout_offset={self.holdout_offset} must lie in "
                 f"0 … data.holdout_every-1={self.holdout_every - 1}."
             )
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers={self.num_workers} must not be negative.")
+        object.__setattr__(self, "mixture", self._checked_mixture())
+
+    def _checked_mixture(self) -> tuple[tuple[str | float, ...], ...]:
+        stages = len(self.mixture_changes) + 1
+        changes = list(self.mixture_changes)
+        if changes != sorted(set(changes)) or any(
+            not isinstance(at, int) or at <= 0 for at in changes
+        ):
+            raise ConfigError(
+                f"data.mixture_changes={changes} must be sequences after 0, each later "
+                f"than the one before."
+            )
+        entries: list[tuple[str | float, ...]] = []
+        for entry in self.mixture:
+            if not _is_mixture_entry(entry, stages):
+                raise ConfigError(
+                    f"data.mixture: {entry!r} must be a source and {stages} weight(s), none "
+                    f"negative: one, and one for each of data.mixture_changes."
+                )
+            entries.append((entry[0], *map(float, entry[1:])))
+        for stage in range(stages):
+            if entries and not any(entry[stage + 1] for entry in entries):
+                raise ConfigError(f"data.mixture: the weights of stage {stage} are all 0.")
+        names = [str(entry[0]) for entry in entries]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"data.mixture names a source twice: {', '.join(names)}.")
+        return tuple(entries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +455,15 @@ def experiment_names() -> list[str]:
 
 
 # ------------------------------------------------------------------------------- in detail
+
+
+def _is_mixture_entry(entry: Any, stages: int) -> bool:
+    return (
+        isinstance(entry, (list, tuple))
+        and len(entry) == stages + 1
+        and isinstance(entry[0], str)
+        and all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in entry[1:])
+    )
 
 
 def _require_positive(section: Any, name: str, keys: str) -> None:
