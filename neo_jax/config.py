@@ -292,6 +292,8 @@ class EvalConfig:
     sample_tokens: int = 0  # tokens to write at the end; 0: no sample
     temperature: float = 0.8
     top_k: int = 40  # 0: all
+    # Pairs (name, bits per byte) that the final figure is printed beside.
+    references: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("every", "max_batches", "sample_tokens", "temperature", "top_k"):
@@ -554,7 +556,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         return _coerce(value, inner, path)
     if origin is tuple:
         if isinstance(value, (list, tuple)):
-            return tuple(value)
+            return _tuples(value)
         raise ConfigError(f"{path}={value!r} must be a list.")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
@@ -563,6 +565,11 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{path}={value!r} must be of type {hint.__name__}.")
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON and command lines have them, as tuples, at every depth."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _override(tree: ConfigDict, text: str) -> None:

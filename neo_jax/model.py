@@ -133,10 +133,12 @@ class Attention(nnx.Module):
             "heads": config.num_heads,
             "head_dim": config.head_dim,
         }
-        into_heads = {"equation": "BTD,DNH->BTNH", "sizes": sizes}
-        self.query = Linear(config, rngs, std=std["query"], **into_heads)
-        self.key = Linear(config, rngs, std=std["key"], **into_heads)
-        self.value = Linear(config, rngs, std=std["value"], **into_heads)
+        into_heads = functools.partial(
+            Linear, config, rngs, equation="BTD,DNH->BTNH", sizes=sizes
+        )
+        self.query = into_heads(std=std["query"])
+        self.key = into_heads(std=std["key"])
+        self.value = into_heads(std=std["value"])
         self.out = Linear(
             config,
             rngs,

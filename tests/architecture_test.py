@@ -38,6 +38,7 @@ WAY = (
     "evaluate",
     "generate",
     "serve",
+    "pretrain",
     "__init__",
     # Commands: from here everything is in reach but each other.
     "plan",

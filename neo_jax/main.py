@@ -1,0 +1,94 @@
+"""Trains an experiment: `python -m neo_jax.main --config FILE_OR_NAME --workdir DIR`.
+
+Enters: the command line. Leaves: a workdir with config.json, metrics.jsonl, checkpoints/,
+loss.png, tensorboard/, tokenizer.json and summary.json. The same command again resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from neo_jax import config as config_lib
+from neo_jax import pretrain
+from neo_jax.config import Config, ConfigError
+
+_EXAMPLES = """\
+examples:
+  learn English on a CPU, in minutes:
+    python -m neo_jax.main --config cpu_smoke --workdir runs/cpu_smoke
+  a released recipe with other text:
+    python -m neo_jax.main --config experiments/neo_125m.py --workdir runs/mine \\
+        --config.data.source=/data/text --config.optimizer.warmup_steps=500
+  go on after an interruption: the same command again
+
+experiments by name: {names}
+settings and their defaults: neo_jax/config.py
+"""
+
+TASKS: Mapping[str, Callable[[Config, pathlib.Path], None]] = {"pretrain": pretrain.run}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; a user's mistake ends it with one line and exit code 2."""
+    name, workdir, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        config = config_lib.load_experiment(name, overrides)
+        _use_compilation_cache()
+        TASKS[config.task](config, workdir)
+    except ConfigError as error:
+        print(f"neo_jax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("neo_jax: interrupted; the same command resumes.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, list[str]]:
+    """Experiment, workdir, and overrides as `section.key=value`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m neo_jax.main",
+        description="Trains an experiment, or goes on with it.",
+        epilog=_EXAMPLES.format(names=", ".join(config_lib.experiment_names())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, help="an experiment: a Python file or a name"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, help="folder of the run's results"
+    )
+    parser.add_argument(
+        "--config.SECTION.KEY",
+        metavar="VALUE",
+        dest="_",
+        help="changes one setting, as in --config.train.num_steps=100; repeatable",
+    )
+    known, rest = parser.parse_known_args(argv)
+    overrides = []
+    rest = list(rest)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--config."):
+            parser.error(f"unknown argument {flag!r}; settings are --config.section.key=value")
+        if "=" not in flag and rest and not rest[0].startswith("--"):
+            flag += "=" + rest.pop(0)
+        overrides.append(flag.removeprefix("--config."))
+    return known.config, known.workdir, overrides
+
+
+def _use_compilation_cache() -> None:
+    """Programs that XLA compiled once are found again by the next process."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "neo_jax" / "xla"))
+
+
+if __name__ == "__main__":
+    main()

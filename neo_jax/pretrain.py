@@ -1,0 +1,283 @@
+"""Pre-training: from a config and an empty or half-filled workdir to a summary.
+
+Enters: `task = "pretrain"`. Leaves: a trained checkpoint, held-out scores and a sample of
+text. Everything that can be refused is refused before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+from neo_jax import config as config_lib
+from neo_jax import optimizer, sharding, state, tokenizer, train
+from neo_jax.checkpoint import Checkpointer
+from neo_jax.config import Config, ConfigError
+from neo_jax.data import pipeline
+from neo_jax.evaluate import perplexity
+from neo_jax.generate import decode
+from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops
+from neo_jax.state import Params, TrainState
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    """Trains, evaluates and samples, from the workdir's newest checkpoint if it has one.
+
+    Raises:
+      ConfigError: the config, the data, the workdir or the machine do not allow it.
+    """
+    pretraining = Pretraining(config, workdir)
+    with jax.set_mesh(pretraining.mesh), Checkpointer(workdir, config.checkpoint) as saved:
+        pretraining.finish(pretraining.train(saved), saved)
+
+
+class Pretraining:
+    """What a run holds: mesh, model, optimiser, tokenizer, text, and where its results go."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.tx = optimizer.build(config.optimizer, config.train.num_steps)
+        self.graph, _ = state.model_graph(config.model)
+        self.abstract = state.abstract(config.model, self.mesh, self.tx)
+        sharding.batch_sharding(self.mesh, (config.data.batch_size, config.data.seq_len))
+        preflight(self.abstract)
+        open_workdir(config, workdir)
+        self.tokenizer = _load_tokenizer(config, workdir)
+        self.data = pipeline.build(
+            config.data,
+            self.tokenizer,
+            seed=config.train.seed,
+            split="train",
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.held_out = _held_out(config, self.tokenizer)
+        self.throughput = Throughput(
+            flops_per_token=flops_per_token(config.model, config.data.seq_len),
+            peak_flops=peak_flops(self.mesh.devices.flat[0].device_kind),
+            num_devices=self.mesh.size,
+        )
+        self._sum_losses = jax.jit(self._batch_sums)
+
+    def train(self, saved: Checkpointer) -> TrainState:
+        """Runs the loop to its end, from a fresh state or the newest checkpoint."""
+        config = self.config
+        if saved.latest_step() is None:
+            current = state.create(config.model, self.mesh, self.tx, config.train.seed)
+        else:
+            current, position = saved.restore(self.abstract)
+            self.data.restore(position)
+        with Writer(self.workdir, config, int(current.step)) as writer:
+            writer.say(self._headline(int(current.step)))
+            current = train.run(
+                current,
+                graph=self.graph,
+                config=config,
+                tx=self.tx,
+                mesh=self.mesh,
+                data=self.data,
+                writer=writer,
+                checkpointer=saved,
+                throughput=self.throughput,
+                evaluate=lambda params: self.score(
+                    params, config.data.seq_len, config.eval.max_batches
+                ),
+            )
+        self.data.close()
+        return current
+
+    def finish(self, current: TrainState, saved: Checkpointer) -> None:
+        """Scores all of the held-out text, writes a sample, and sums the run up."""
+        stride = self.config.eval.stride or self.config.data.seq_len
+        num_steps = int(current.step)
+        with Writer(self.workdir, self.config, num_steps) as writer:
+            with self.throughput.pause("eval"):
+                scores = self.score(current.params, stride)
+            writer.write(num_steps, "eval", scores)
+            with self.throughput.pause("save"):
+                saved.wait()
+            sample = self.sample(current.params)
+            if sample:
+                writer.say(f"\n{'— a sample ':—<72}\n{sample}\n{'':—<72}")
+            for line in _beside_references(self.config, scores["bits_per_byte"]):
+                writer.say(line)
+            writer.plot()
+            writer.summary(
+                {
+                    "step": num_steps,
+                    "parameters": state.num_params(self.config.model),
+                    **scores,
+                    "perplexity": math.exp(scores["loss"]),
+                    "held_out_bytes": self.held_out.num_bytes,
+                    "stride": stride,
+                    "sample": sample,
+                    **self.throughput.totals(),
+                }
+            )
+            writer.say(f"see {self.workdir / 'loss.png'} and {self.workdir / 'summary.json'}")
+
+    def score(self, params: Params, stride: int, max_batches: int = 0) -> dict[str, float]:
+        """Loss (nats) and bits per byte of the held-out text; see evaluate/perplexity.py."""
+
+        def sum_losses(batch: Mapping[str, np.ndarray]) -> tuple[float, float]:
+            nll, weight = self._sum_losses(params, self._place(batch))
+            return float(nll), float(weight)
+
+        return perplexity.evaluate(
+            self.held_out,
+            sum_losses,
+            seq_len=self.config.data.seq_len,
+            stride=stride,
+            batch_size=self._eval_batch_size,
+            max_batches=max_batches,
+        )
+
+    def sample(self, params: Params) -> str:
+        """`eval.sample_tokens` of text, the prompt before them."""
+        settings = self.config.eval
+        prompt = self.tokenizer.encode(settings.prompt)
+        written = decode.generate(
+            self.graph,
+            params,
+            [self.tokenizer.eos_id, *prompt],
+            max_new_tokens=settings.sample_tokens,
+            context=self.config.data.seq_len,
+            seed=self.config.train.seed,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+        )
+        return self.tokenizer.decode(prompt + written) if written else ""
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.config.eval.batch_size or self.config.data.batch_size
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> train.Batch:
+        """Every host has the whole text at hand and gives the mesh its own rows."""
+        rows = self._eval_batch_size // jax.process_count()
+        first = rows * jax.process_index()
+        own = {key: array[first : first + rows] for key, array in batch.items()}
+        return train.place_batch(own, self.mesh, self._eval_batch_size)
+
+    def _batch_sums(self, params: Params, batch: train.Batch) -> tuple[jax.Array, jax.Array]:
+        sums = train.batch_loss(params, self.graph, self.config, batch)
+        return sums.nll, batch["weights"].sum()
+
+    def _headline(self, step: int) -> str:
+        model, data = state.num_params(self.config.model), self.data
+        start = f"resuming after step {step}" if step else "starting"
+        return (
+            f"{start}: {model:,} parameters on {self.mesh.size} × "
+            f"{self.mesh.devices.flat[0].device_kind}; {data.num_documents:,} documents, "
+            f"{data.num_bytes:,} bytes, {data.num_tokens:,} tokens to learn from, "
+            f"{self.held_out.num_bytes:,} bytes held out"
+        )
+
+
+# -------------------------------------------------------------------- before compiling
+
+
+def preflight(abstract: TrainState) -> None:
+    """Refuses a state that the machine has no room for.
+
+    Raises:
+      ConfigError: names the bytes needed and present.
+    """
+    # Gradients live beside the state; activations come on top and are not counted here.
+    needed = state.num_bytes(abstract) + state.num_bytes(abstract.params)
+    present = _memory_bytes()
+    if needed > present:
+        raise ConfigError(
+            f"parameters, moments and gradients need {needed:,} bytes ({needed / 2**30:.1f} "
+            f"GiB), and this machine has {present:,} ({present / 2**30:.1f} GiB); use more "
+            f"devices, a smaller model, or fewer layers (--config.model.num_layers=…)."
+        )
+
+
+def _memory_bytes() -> int:
+    """Of all devices; on a CPU, of the machine."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return own * jax.process_count()
+    return len(devices) * int((devices[0].memory_stats() or {})["bytes_limit"])
+
+
+def open_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Creates the workdir, or checks that the run in it is this one, and writes config.json.
+
+    Raises:
+      ConfigError: it cannot be written, or holds a run of another model or data.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir {workdir} cannot be written: {error.strerror}; choose another."
+        ) from None
+    path = workdir / "config.json"
+    if path.exists():
+        _refuse_another_run(config_lib.from_json(path.read_text()), config, workdir)
+    if jax.process_index() == 0:
+        aside = path.with_suffix(".partial")
+        aside.write_text(config_lib.to_json(config))
+        os.replace(aside, path)
+
+
+# How a model is computed may change from one start to the next; what it is may not.
+_HOW = ("compute_dtype", "attention", "scan_layers", "remat")
+
+
+def _refuse_another_run(before: Config, now: Config, workdir: pathlib.Path) -> None:
+    old, new = dataclasses.asdict(before.model), dataclasses.asdict(now.model)
+    changed = [key for key in old if old[key] != new[key] and key not in _HOW]
+    if changed and any((workdir / "checkpoints").glob("*")):
+        listed = ", ".join(f"model.{key} {old[key]!r} → {new[key]!r}" for key in changed)
+        raise ConfigError(
+            f"--workdir {workdir} holds a run of another model ({listed}); "
+            f"choose another workdir, or take the change back."
+        )
+
+
+def _load_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer:
+    """The workdir's own, or the one that the config names, which is then kept there."""
+    if (workdir / tokenizer.FILE_NAME).exists():
+        words = tokenizer.load(str(workdir))
+    else:
+        words = pipeline.load_tokenizer(config.data)
+        if jax.process_index() == 0:
+            words.save(workdir)
+    if words.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r} has {words.vocab_size} ids, more than "
+            f"model.vocab_size={config.model.vocab_size}; set the latter to it."
+        )
+    return words
+
+
+def _held_out(config: Config, words: tokenizer.Tokenizer) -> perplexity.HeldOut:
+    source = pipeline.build(config.data, words, seed=config.train.seed, split="eval")
+    batches: Iterator[Mapping[str, np.ndarray]] = source
+    held_out = perplexity.HeldOut.collect(batches, source.num_bytes)
+    source.close()
+    return held_out
+
+
+def _beside_references(config: Config, bits_per_byte: float) -> Iterator[str]:
+    """The final figure in its place among those that the experiment names."""
+    if not config.eval.references:
+        return
+    yield "held-out text, bits per byte:"
+    rows = [*config.eval.references, ("this model", bits_per_byte)]
+    for name, value in sorted(rows, key=lambda row: -row[1]):
+        mark = "→" if name == "this model" else " "
+        yield f"  {mark} {value:.3f}  {name}"
