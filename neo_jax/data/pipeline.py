@@ -20,8 +20,8 @@ import dataclasses
 import functools
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -30,36 +30,17 @@ from grain.experimental import index_shuffle
 
 from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError, DataConfig
-from neo_jax.data import packing, sources, tokens
+from neo_jax.data import corpus, packing
+from neo_jax.data.corpus import Split, load_tokenizer
+from neo_jax.data.mixture import Mixture
 from neo_jax.data.packing import Batch
+from neo_jax.data.tokens import TokenStore
+
+__all__ = ["Batch", "Batches", "Pipeline", "Split", "build", "load_tokenizer"]
 
 _LOG = logging.getLogger(__name__)
 _SHUFFLE_ROUNDS = 4  # of grain's block cipher; fewer leave visible structure
 _ENDLESS = 1 << 48  # batches; no run reaches it
-
-Split = Literal["train", "eval"]
-
-
-def load_tokenizer(config: DataConfig) -> tokenizers.Tokenizer:
-    """The tokenizer that `data.tokenizer` names; "bpe:4096" is trained, held-out text unseen.
-
-    Raises:
-      ConfigError: unknown name, unreachable files, or nothing to train on.
-    """
-    kind, _, size = config.tokenizer.partition(":")
-    if kind != "bpe":
-        return tokenizers.load(config.tokenizer)
-    if not size.isdigit():
-        raise ConfigError(
-            f"data.tokenizer={config.tokenizer!r}: write the number of ids, as in 'bpe:4096'."
-        )
-    texts = (
-        record.text
-        for name in _source_names(config, "train")
-        for record in _records(name, config, "train")
-        if isinstance(record, sources.Document)
-    )
-    return tokenizers.train_bpe(texts, int(size))
 
 
 def build(
@@ -92,14 +73,15 @@ def build(
             f"data.batch_size={config.batch_size} does not divide over {process_count} hosts."
         )
     parts = []
-    for name in _source_names(config, split):
-        store = _open_store(name, config, tokenizer, split)
-        _require_text(name, store, config, split)
-        rows = packing.make_rows(store, "concat", config.seq_len)
-        parts.append(_Part(name, store, rows))
+    for name in corpus.source_names(config, split):
+        tokens_of = corpus.open_store(name, config, tokenizer, split)
+        _require_text(name, tokens_of, config, split)
+        rows = packing.make_rows(tokens_of, config.packing, config.seq_len)
+        parts.append(_Part(name, tokens_of, rows))
     per_host = config.batch_size // process_count
     batches = Batches(
         parts=tuple(parts),
+        mixture=_mixture(config),
         seed=seed,
         shuffle=config.shuffle and split == "train",
         endless=split == "train",
@@ -116,7 +98,7 @@ class _Part:
     """One source, divided into rows."""
 
     name: str
-    store: tokens.TokenStore
+    store: TokenStore
     rows: packing.Rows
 
 
@@ -125,6 +107,7 @@ class Batches:
     """The function from a position to a batch; picklable, so that workers hold it too."""
 
     parts: tuple[_Part, ...]
+    mixture: Mixture
     seed: int
     shuffle: bool
     endless: bool
@@ -164,11 +147,12 @@ class Batches:
                     return index, position
                 position -= part.rows.num_rows
             return None
-        (part,) = self.parts
-        epoch, index = divmod(position, part.rows.num_rows)
+        source, taken = self.mixture.place(position)
+        count = self.parts[source].rows.num_rows
+        epoch, row = divmod(taken, count)
         if self.shuffle:
-            index = _shuffled(index, part.rows.num_rows, self.seed, 0, epoch)
-        return 0, index
+            row = _shuffled(row, count, self.seed, source, epoch)
+        return source, row
 
 
 @functools.lru_cache(maxsize=1024)
@@ -216,6 +200,7 @@ class Pipeline:
     ) -> None:
         self._batches = batches
         self._num_workers = config.num_workers
+        self._allow_spec_change = config.allow_spec_change
         self._spec = spec
         self._position = position
         self._jumps: list[dict[str, Any]] = []
@@ -262,20 +247,50 @@ class Pipeline:
         """Goes on where `state` was taken; the batch size may be another one.
 
         Raises:
-          ConfigError: the seed or the data spec is not the one of the state.
+          ConfigError: the seed or the data spec is not the one of the state, and
+            `data.allow_spec_change` is off.
         """
         was = {"seed": state["seed"], **state["spec"]}
         now = {"seed": self._batches.seed, **self._spec}
-        if was != now:
-            changes = [
-                f"{key} {was.get(key)!r} → {now.get(key)!r}"
-                for key in sorted(was.keys() | now.keys())
-                if was.get(key) != now.get(key)
-            ]
-            raise ConfigError(f"the data changed since the checkpoint: {'; '.join(changes)}.")
+        changes = [
+            f"{key} {was.get(key)!r} → {now.get(key)!r}"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key)
+        ]
+        if changes and not self._allow_spec_change:
+            raise ConfigError(
+                f"the data changed since the checkpoint: {'; '.join(changes)}; undo it, or "
+                f"set data.allow_spec_change=True to go on with the new data."
+            )
         self.close()
         self._jumps = list(state["jumps"])
         self._position = int(state["position"])
+        if changes:
+            _LOG.warning("data changed at sequence %d: %s", self._position, "; ".join(changes))
+            self._jump(self._position, "changed: " + "; ".join(changes))
+
+    def skip(self, sequences: int) -> None:
+        """Leaves out the next `sequences` sequences, all hosts together, and notes it.
+
+        Raises:
+          ValueError: `sequences` is negative.
+        """
+        if sequences < 0:
+            raise ValueError(f"skip({sequences}): the number must not be negative.")
+        self.close()
+        self._jump(self._position + sequences, "skipped")
+
+    def _jump(self, to: int, reason: str) -> None:
+        self._jumps.append({"from": self._position, "to": to, "reason": reason})
+        self._position = to
+
+    def epochs(self) -> dict[str, float]:
+        """For each source, how many times its text was seen so far."""
+        counts = self._batches.mixture.counts(self._position)
+        return {
+            part.name: count / part.rows.num_rows
+            for part, count in zip(self._batches.parts, counts, strict=True)
+        }
 
     def _start(self) -> grain.DatasetIterator:
         dataset = grain.MapDataset.source(_BatchSource(self._batches, self._position))
@@ -302,46 +317,26 @@ def _stop(running: list[grain.DatasetIterator]) -> None:
 # ------------------------------------------------------------------------------- in detail
 
 
-def _source_names(config: DataConfig, split: Split) -> Sequence[str]:
-    if split == "eval" and config.eval_source is not None:
-        return [config.eval_source]
-    return [config.source]
+def _mixture(config: DataConfig) -> Mixture:
+    if not config.mixture:
+        return Mixture([[1.0]], ())
+    columns = zip(*(entry[1:] for entry in config.mixture), strict=True)
+    weights = [[float(weight) for weight in column] for column in columns]
+    return Mixture(weights, config.mixture_changes)
 
 
-def _records(name: str, config: DataConfig, split: Split) -> Iterator[sources.Record]:
-    """The records of one split; without `eval_source` some are held out by their index."""
-    source = sources.open_source(name, config)
-    everything = (record for unit in source.units() for record in source.records(unit))
-    if config.eval_source is not None:
-        yield from everything
-        return
-    for index, record in enumerate(everything):
-        held_out = index % config.holdout_every == config.holdout_offset
-        if held_out == (split == "eval"):
-            yield record
-
-
-def _open_store(
-    name: str, config: DataConfig, tokenizer: tokenizers.Tokenizer, split: Split
-) -> tokens.TokenStore:
-    encoded = tokens.encode(_records(name, config, split), tokenizer)
-    documents = [doc for doc in encoded if isinstance(doc, tokens.EncodedDocument)]
-    return tokens.MemoryTokens(documents, tokenizer)
-
-
-def _require_text(
-    name: str, store: tokens.TokenStore, config: DataConfig, split: Split
-) -> None:
-    if not store.num_documents:
+def _require_text(name: str, stream: TokenStore, config: DataConfig, split: Split) -> None:
+    if not stream.num_documents:
         if split == "eval" and config.eval_source is None:
             raise ConfigError(
-                f"data.source={name!r} has no document {config.holdout_offset} to hold out; "
+                f"data source {name!r} has no document {config.holdout_offset} to hold out; "
                 f"lower data.holdout_offset, or name a data.eval_source."
             )
         raise ConfigError(f"data source {name!r} holds no text.")
-    if split == "train" and store.num_tokens < config.seq_len:
+    too_short = config.packing == "concat" and stream.num_tokens < config.seq_len
+    if split == "train" and too_short:
         raise ConfigError(
-            f"data.source={name!r} holds {store.num_tokens} tokens, and one sequence needs "
+            f"data source {name!r} holds {stream.num_tokens} tokens, and one sequence needs "
             f"{config.seq_len}; lower data.seq_len or give more text."
         )
 
@@ -351,9 +346,12 @@ def _spec(
 ) -> dict[str, Any]:
     """What decides the stream of sequences besides seed and position; not the batch size."""
     return {
-        "data": [part.store.fingerprint for part in parts],
-        "tokenizer": tokenizer.fingerprint,
+        "data": [part.store.fingerprint[:16] for part in parts],  # a folder may move
+        "weights": [list(entry[1:]) for entry in config.mixture],
+        "mixture_changes": list(config.mixture_changes),
+        "tokenizer": tokenizer.fingerprint[:16],
         "seq_len": config.seq_len,
+        "packing": config.packing,
         "isolate_documents": config.isolate_documents,
         "shuffle": config.shuffle,
     }

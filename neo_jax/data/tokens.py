@@ -14,14 +14,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from neo_jax.data.sources import DataError, Document, Record, Unreadable
+from neo_jax.config import DataConfig
+from neo_jax.data.records import Document, Part, Record, Unreadable
+from neo_jax.data.sources import DataError
 from neo_jax.tokenizer import Tokenizer
 
-_BATCH_BYTES = 1 << 20  # text that is handed to the tokenizer at a time
+_BATCH_CHARACTERS = 1 << 20  # of text that is handed to the tokenizer at a time
+
+Masks: TypeAlias = "list[np.ndarray] | None"
 
 
 class TokenStore(Protocol):
@@ -29,6 +33,7 @@ class TokenStore(Protocol):
 
     Attributes:
       num_tokens: length of the stream, the eos of every document included.
+      num_documents: documents that hold a token or more.
       num_bytes: UTF-8 bytes of the documents' text.
       eos_id: the token that ends every document.
       fingerprint: changes whenever a token does.
@@ -40,11 +45,13 @@ class TokenStore(Protocol):
     eos_id: int
     fingerprint: str
 
-    def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Tokens [start, stop) for each range; index -1 is an eos before the first."""
+    def read(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], Masks]:
+        """Tokens [start, stop) for each range; index -1 is an eos before the first.
 
-    def trainable(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
-        """Whether each token is to be learned, or None where all are."""
+        Returns:
+          The tokens of each range, and for each whether they are to be learned: bool, or
+          None where all are.
+        """
 
     def document_ends(self) -> np.ndarray:
         """For each document the index after its eos, ascending; int64 [documents]."""
@@ -59,56 +66,133 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
 class EncodedDocument:
     """A document's tokens, its eos included."""
 
+    index: int  # of the record in its source
     ids: np.ndarray  # token_dtype [tokens]
     trainable: np.ndarray | None  # bool [tokens]; None: all of them
     num_bytes: int  # UTF-8 bytes of the text
     group: str
+    digest: int  # 64 bits of a hash of the text, which tells duplicates
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A record that gave no tokens: "empty", "too_long", "invalid" or "undecodable"."""
+
+    index: int
+    kind: str
+    reason: str
+
+
+Outcome: TypeAlias = EncodedDocument | LeftOut
 
 
 def encode(
-    records: Iterable[Record], tokenizer: Tokenizer, on_error: str = "raise"
-) -> Iterator[EncodedDocument | Unreadable]:
-    """Tokenises documents in order, many at a time; leaves out those without a token.
+    records: Iterable[tuple[int, Record | None]], tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[Outcome]:
+    """Tokenises records in order, many at a time; each but None gives one outcome.
+
+    Args:
+      records: records and their indices in the source.
+      tokenizer: gives the ids.
+      config: `on_error` and `max_document_bytes` are read.
 
     Raises:
-      DataError: an unreadable record, unless `on_error` is "skip", which yields it.
+      DataError: an unreadable record, unless `config.on_error` is "skip".
     """
-    pending: list[Record] = []
+    pending: list[tuple[int, Record]] = []
     size = 0
-    for record in records:
-        if isinstance(record, Unreadable) and on_error == "raise":
-            raise DataError(f"{record.where}: {record.reason}.")
-        pending.append(record)
-        size += len(record.text) if isinstance(record, Document) else 0
-        if size >= _BATCH_BYTES:
-            yield from _encode_batch(pending, tokenizer)
+    for index, record in records:
+        if record is None:
+            continue
+        pending.append((index, record))
+        if isinstance(record, Document):
+            size += sum(len(part) for part, _ in record.parts)
+        if size >= _BATCH_CHARACTERS:
+            yield from _encode_batch(pending, tokenizer, config)
             pending, size = [], 0
-    yield from _encode_batch(pending, tokenizer)
+    yield from _encode_batch(pending, tokenizer, config)
 
 
 def _encode_batch(
-    records: list[Record], tokenizer: Tokenizer
-) -> Iterator[EncodedDocument | Unreadable]:
-    texts = [text for r in records if isinstance(r, Document) for text, _ in r.parts]
+    records: list[tuple[int, Record]], tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[Outcome]:
+    checked = [(index, _check(index, record, tokenizer, config)) for index, record in records]
+    texts = [
+        part
+        for _, record in checked
+        if isinstance(record, Document)
+        for part, _ in record.parts
+        if isinstance(part, str)
+    ]
     encoded = iter(tokenizer.encode_batch(texts))
-    dtype = token_dtype(tokenizer.vocab_size)
-    for record in records:
-        if isinstance(record, Unreadable):
+    for index, record in checked:
+        if isinstance(record, LeftOut):
             yield record
             continue
-        ids: list[int] = []
-        trainable: list[bool] = []
-        for _, learn in record.parts:
-            part = next(encoded)
-            ids += part
-            trainable += [learn] * len(part)
-        if ids:
-            yield EncodedDocument(
-                np.asarray([*ids, tokenizer.eos_id], dtype),
-                None if all(trainable) else np.asarray([*trainable, True]),
-                sum(len(text.encode()) for text, _ in record.parts),
-                record.group,
-            )
+        parts = [
+            (next(encoded) if isinstance(part, str) else part, learn)
+            for part, learn in record.parts
+        ]
+        yield _assemble(index, record, parts, tokenizer)
+
+
+def _check(
+    index: int, record: Record, tokenizer: Tokenizer, config: DataConfig
+) -> Document | LeftOut:
+    """The document, or why it is left out."""
+    if isinstance(record, Unreadable):
+        left_out = LeftOut(index, record.kind, f"{record.where}: {record.reason}")
+    elif bad := _bad_id(record, tokenizer.vocab_size):
+        left_out = LeftOut(index, "invalid", f"record {index} of {record.group}: {bad}")
+    elif not any(len(part) for part, _ in record.parts):
+        return LeftOut(index, "empty", f"record {index} of {record.group} is empty")
+    elif 0 < config.max_document_bytes < len(record.text.encode()):
+        return LeftOut(index, "too_long", f"record {index} of {record.group} is too long")
+    else:
+        return record
+    if config.on_error == "raise":
+        raise DataError(f"{left_out.reason}; data.on_error='skip' passes over such records.")
+    return left_out
+
+
+def _bad_id(document: Document, vocab_size: int) -> str:
+    """What is wrong with token ids that came instead of text; empty if nothing is."""
+    for part, _ in document.parts:
+        if not isinstance(part, str) and len(part):
+            for value in (int(part.min()), int(part.max())):
+                if not 0 <= value < vocab_size:
+                    return f"token id {value} is not in 0 … {vocab_size - 1}"
+    return ""
+
+
+def _assemble(
+    index: int, document: Document, parts: list[tuple[Any, bool]], tokenizer: Tokenizer
+) -> EncodedDocument:
+    dtype = token_dtype(tokenizer.vocab_size)
+    length = sum(len(ids) for ids, _ in parts)
+    ids = np.empty(length + 1, dtype)
+    ids[-1] = tokenizer.eos_id
+    trainable = np.ones(length + 1, bool)
+    start = 0
+    for part, learn in parts:
+        ids[start : start + len(part)] = part
+        trainable[start : start + len(part)] = learn
+        start += len(part)
+    num_bytes, digest = _measure(document.parts, tokenizer)
+    mask = None if trainable.all() else trainable
+    return EncodedDocument(index, ids, mask, num_bytes, document.group, digest)
+
+
+def _measure(parts: Sequence[Part], tokenizer: Tokenizer) -> tuple[int, int]:
+    """Bytes of the text, and a hash of it."""
+    hasher = hashlib.blake2b(digest_size=8)
+    num_bytes = 0
+    for part, _ in parts:
+        text = part if isinstance(part, str) else tokenizer.decode(part)
+        data = text.encode()
+        num_bytes += len(data)
+        hasher.update(data)
+    return num_bytes, int.from_bytes(hasher.digest(), "little")
 
 
 class MemoryTokens:
@@ -136,15 +220,12 @@ class MemoryTokens:
             digest.update(self._trainable.tobytes())
         self.fingerprint = digest.hexdigest()
 
-    def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    def read(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], Masks]:
         """See `TokenStore`."""
-        return [self._ids[start + 1 : stop + 1] for start, stop in ranges]
-
-    def trainable(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
-        """See `TokenStore`."""
+        ids = [self._ids[start + 1 : stop + 1] for start, stop in ranges]
         if self._trainable is None:
-            return None
-        return [self._trainable[start + 1 : stop + 1] for start, stop in ranges]
+            return ids, None
+        return ids, [self._trainable[start + 1 : stop + 1] for start, stop in ranges]
 
     def document_ends(self) -> np.ndarray:
         """See `TokenStore`."""
