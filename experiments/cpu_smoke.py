@@ -1,9 +1,9 @@
 """A small GPT-Neo learns English from two centuries of presidents' speeches, on a CPU."""
 
 from ml_collections import ConfigDict
-from neo_jax.experiments import base
 
 from neo_jax import config as config_lib
+from neo_jax.experiments import base
 
 
 def get_config() -> ConfigDict:
