@@ -174,6 +174,7 @@ def _isolate(batch: Batch, b: int, starts: list[int], length: int, eos_id: int) 
     """Numbers the segments of row `b` from 1, and positions from 0 within each."""
     begins = batch["inputs"][b, :length] == eos_id
     begins[starts] = True
-    index = np.arange(length, dtype=np.int32)
-    batch["segment_ids"][b, :length] = np.cumsum(begins)
-    batch["positions"][b, :length] = index - np.maximum.accumulate(np.where(begins, index, 0))
+    first = np.flatnonzero(begins)
+    lengths = np.diff(first, append=length)
+    batch["segment_ids"][b, :length] = np.repeat(np.arange(1, len(first) + 1), lengths)
+    batch["positions"][b, :length] = np.arange(length) - np.repeat(first, lengths)

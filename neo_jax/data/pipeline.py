@@ -292,6 +292,13 @@ class Pipeline:
             for part, count in zip(self._batches.parts, counts, strict=True)
         }
 
+    def document_lengths(self) -> dict[str, np.ndarray]:
+        """For each source, tokens of each document with its eos; int64 [documents]."""
+        return {
+            part.name: np.diff(part.store.document_ends(), prepend=0)
+            for part in self._batches.parts
+        }
+
     def _start(self) -> grain.DatasetIterator:
         dataset = grain.MapDataset.source(_BatchSource(self._batches, self._position))
         # One thread assembles the next batches while this one computes.

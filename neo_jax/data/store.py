@@ -36,6 +36,7 @@ BLOCK_TOKENS = 4096
 # One record a chunk and no compression: the cheapest random access that the format has.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_NO_MASK = np.zeros(0, bool)
 _OPEN_SHARDS = 256  # files kept open at a time
 
 
@@ -110,7 +111,7 @@ class PreparedTokens:
         self._folder = folder
         self._split = split
         self._shards: list[dict[str, Any]] = part["shards"]
-        _require_files(folder, self._shards)
+        require_files(folder, self._shards)
         self.eos_id = tokenizer.eos_id
         self.num_tokens = part["tokens"]
         self.num_documents = part["documents"]
@@ -182,6 +183,11 @@ class PreparedTokens:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [first, last) of one shard out of its blocks, and their mask."""
         masked = self._shards[shard]["masked"]
+        block = first // BLOCK_TOKENS
+        if not self._masked and (last - 1) // BLOCK_TOKENS == block:  # by far the most
+            record = data[shard, block]
+            offset = (first - block * BLOCK_TOKENS) * self._dtype.itemsize
+            return np.frombuffer(record, self._dtype, last - first, offset), _NO_MASK
         ids, masks = [], []
         for block in range(first // BLOCK_TOKENS, (last - 1) // BLOCK_TOKENS + 1):
             record = data[shard, block]
@@ -192,8 +198,9 @@ class PreparedTokens:
             if masked:
                 offset = count * self._dtype.itemsize
                 masks.append(np.frombuffer(record, bool, count, offset)[cut])
-        mask = _joined(masks) if masked else np.ones(last - first if self._masked else 0, bool)
-        return _joined(ids), mask
+        if not self._masked:
+            return _joined(ids), _NO_MASK
+        return _joined(ids), _joined(masks) if masked else np.ones(last - first, bool)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -212,7 +219,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / sources.MANIFEST} cannot be read: {error}") from None
 
 
-def _require_files(folder: pathlib.Path, shards: Sequence[dict[str, Any]]) -> None:
+def require_files(folder: pathlib.Path, shards: Sequence[dict[str, Any]]) -> None:
+    """Raises a ConfigError where a shard is missing or of another size."""
     for shard in shards:
         path = folder / shard["file"]
         try:
