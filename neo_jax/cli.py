@@ -11,6 +11,7 @@ import sys
 # verb: (module, what it does)
 VERBS = {
     "train": ("neo_jax.main", "train an experiment, or resume it"),
+    "prepare": ("neo_jax.prepare", "tokenise a source once, into files that training reads"),
 }
 
 

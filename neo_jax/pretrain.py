@@ -25,6 +25,7 @@ from neo_jax.evaluate import perplexity
 from neo_jax.generate import decode
 from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops
 from neo_jax.state import Params, TrainState
+from neo_jax.train import Batch
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -160,14 +161,14 @@ class Pretraining:
     def _eval_batch_size(self) -> int:
         return self.config.eval.batch_size or self.config.data.batch_size
 
-    def _place(self, batch: Mapping[str, np.ndarray]) -> train.Batch:
+    def _place(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Every host has the whole text at hand and gives the mesh its own rows."""
         rows = self._eval_batch_size // jax.process_count()
         first = rows * jax.process_index()
         own = {key: array[first : first + rows] for key, array in batch.items()}
         return train.place_batch(own, self.mesh, self._eval_batch_size)
 
-    def _batch_sums(self, params: Params, batch: train.Batch) -> tuple[jax.Array, jax.Array]:
+    def _batch_sums(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         sums = train.batch_loss(params, self.graph, self.config, batch)
         return sums.nll, batch["weights"].sum()
 
