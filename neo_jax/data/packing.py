@@ -8,7 +8,7 @@ rows into arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ Piece = tuple[int, int]  # first token and number of tokens, in the stream
 Batch = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A division of the stream into rows."""
 

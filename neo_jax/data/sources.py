@@ -24,7 +24,7 @@ import pathlib
 import shutil
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import fsspec
 
@@ -55,6 +55,7 @@ class DataError(ConfigError):
     """Data that cannot be used as it is; the message is one line."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Records of text in one fixed order: those of unit 0, then of unit 1, and so on.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -25,9 +25,10 @@ from neo_jax.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 20  # of text that is handed to the tokenizer at a time
 
-Masks: TypeAlias = "list[np.ndarray] | None"
+Masks: TypeAlias = list[np.ndarray] | None
 
 
+@runtime_checkable
 class TokenStore(Protocol):
     """The token stream of one split of one source, read at any place.
 
