@@ -103,7 +103,7 @@ def _blockwise_forward(
     def add_block(
         carry: tuple[Array, Array], block: tuple[Array, Array, Array]
     ) -> tuple[tuple[Array, Array], Array]:
-        sums, d_head_VD = carry
+        sums, d_head_DV = carry
         x_BCD, targets_BC, weights_BC = block
         loss_BC, nll_BC, probs_BCV, log_z_BC = _block_losses(
             vocab_size, z_loss, x_BCD, head_VD, targets_BC
@@ -117,16 +117,17 @@ def _blockwise_forward(
         )
         d_logits_BCV = d_logits_BCV.astype(x_BCD.dtype)
         d_x_BCD = jnp.einsum("BCV,VD->BCD", d_logits_BCV, head_VD.astype(x_BCD.dtype))
-        d_head_VD += jnp.einsum(
-            "BCV,BCD->VD", d_logits_BCV, x_BCD, preferred_element_type=float_type
+        # [D, V], so that the small operand of the product is the one that is transposed.
+        d_head_DV += jnp.einsum(
+            "BCD,BCV->DV", x_BCD, d_logits_BCV, preferred_element_type=float_type
         )
-        return (sums + both, d_head_VD), d_x_BCD
+        return (sums + both, d_head_DV), d_x_BCD
 
-    carry = jnp.zeros(2, float_type), jnp.zeros(head_VD.shape, float_type)
-    (sums, d_head_VD), d_x_KBCD = jax.lax.scan(
+    carry = jnp.zeros(2, float_type), jnp.zeros(head_VD.shape[::-1], float_type)
+    (sums, d_head_DV), d_x_KBCD = jax.lax.scan(
         add_block, carry, (x_KBCD, targets_KBC, weights_KBC)
     )
-    return (sums[0], sums[1]), (d_x_KBCD, d_head_VD.astype(head_VD.dtype))
+    return (sums[0], sums[1]), (d_x_KBCD, d_head_DV.T.astype(head_VD.dtype))
 
 
 def _blockwise_backward(
