@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -77,7 +78,7 @@ class Tokenizer:
             raise
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], skip_special_tokens: bool = False) -> str:
         """The text of `ids`; bytes that form no UTF-8 become U+FFFD."""
         return self._backend.decode(
             [int(i) for i in ids], skip_special_tokens=skip_special_tokens

@@ -22,7 +22,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import fsspec
 import zstandard
@@ -148,15 +148,19 @@ def split(path: str, size: int, unit_bytes: int) -> list[Span]:
     form = file_format(path)
     if pieces == 1 or form in ("text", "arrow", None):
         return [Span(path)]
-    if form == "json":
-        if _split_compression(path)[0] != path or _is_json_array(path):
-            return [Span(path)]
-        total = size
-    elif form == "parquet":
-        total = _open_parquet(path).metadata.num_row_groups
-    else:
-        total = _open_array_record(path).num_records()
+    try:
+        if form == "parquet":
+            total = _open_parquet(path).metadata.num_row_groups
+        elif form == "array_record":
+            total = _open_array_record(path).num_records()
+        else:
+            whole = _split_compression(path)[0] != path or _is_json_array(path)
+            total = 1 if whole else size
+    except _Broken:  # `rows` tells why
+        total = 1
     pieces = min(pieces, max(total, 1))
+    if pieces == 1:
+        return [Span(path)]
     cuts = [total * i // pieces for i in range(pieces + 1)]
     return [Span(path, start, stop) for start, stop in itertools.pairwise(cuts)]
 
@@ -205,7 +209,7 @@ def _chunks(path: str, start: int = 0) -> Iterator[bytes]:
             raise _Broken(f"the compressed file is damaged: {error}") from None
 
 
-def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
+def _zstd_chunks(file: Any) -> Iterator[bytes]:
     # Not `stream_reader`, which takes a truncated file for a finished one.
     frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
     fresh = True  # no byte of this frame was read yet
@@ -375,7 +379,10 @@ def _open_array_record(path: str) -> Any:
     with open(local, "rb"):  # says why it cannot be opened; the library does not
         pass
     try:
-        return array_record_module.ArrayRecordReader(local)
+        reader = array_record_module.ArrayRecordReader(local)
+        if not reader.ok():
+            reader.close()  # raises what is wrong
+        return reader
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise _Broken(f"not a readable ArrayRecord file: {reason}") from None
