@@ -21,3 +21,12 @@ def mtf_recipe(config: ConfigDict) -> None:
     config.optimizer.bias_correction = False
     config.optimizer.schedule = "mtf_cosine"
     config.loss.z_loss = 1e-4
+
+
+def pile(config: ConfigDict) -> None:
+    """The released models' text: the Pile, with its own validation split held out."""
+    config.data.source = "pile:data/pile"
+    config.data.eval_source = "pile:data/pile?split=val"
+    config.data.tokenizer = "gpt2"
+    config.data.seq_len = 2048
+    config.data.num_workers = 4

@@ -20,7 +20,7 @@ from neo_jax import config as config_lib
 from neo_jax import optimizer, sharding, state, tokenizer, train
 from neo_jax.checkpoint import Checkpointer
 from neo_jax.config import Config, ConfigError
-from neo_jax.data import pipeline
+from neo_jax.data import pipeline, sources
 from neo_jax.evaluate import perplexity
 from neo_jax.generate import decode
 from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops
@@ -49,7 +49,7 @@ class Pretraining:
         self.graph, _ = state.model_graph(config.model)
         self.abstract = state.abstract(config.model, self.mesh, self.tx)
         sharding.batch_sharding(self.mesh, (config.data.batch_size, config.data.seq_len))
-        preflight(self.abstract)
+        preflight(config, self.abstract)
         open_workdir(config, workdir)
         self.tokenizer = _load_tokenizer(config, workdir)
         self.data = pipeline.build(
@@ -186,21 +186,28 @@ class Pretraining:
 # -------------------------------------------------------------------- before compiling
 
 
-def preflight(abstract: TrainState) -> None:
-    """Refuses a state that the machine has no room for.
+def preflight(config: Config, abstract: TrainState) -> None:
+    """Refuses a run that the machine has no room for, or no data.
 
     Raises:
-      ConfigError: names the bytes needed and present.
+      ConfigError: names the bytes needed and present, of memory and of data, in one line.
     """
+    missing = []
     # Gradients live beside the state; activations come on top and are not counted here.
     needed = state.num_bytes(abstract) + state.num_bytes(abstract.params)
     present = _memory_bytes()
     if needed > present:
-        raise ConfigError(
+        missing.append(
             f"parameters, moments and gradients need {needed:,} bytes ({needed / 2**30:.1f} "
-            f"GiB), and this machine has {present:,} ({present / 2**30:.1f} GiB); use more "
-            f"devices, a smaller model, or fewer layers (--config.model.num_layers=…)."
+            f"GiB) of memory, and this machine has {present:,} ({present / 2**30:.1f} GiB): "
+            f"use more devices, or fewer layers (--config.model.num_layers=…)"
         )
+    try:
+        sources.preflight(config.data)
+    except ConfigError as error:
+        missing.append(str(error))
+    if missing:
+        raise ConfigError("; ".join(missing))
 
 
 def _memory_bytes() -> int:
