@@ -13,8 +13,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from neo_jax.config import CheckpointConfig, Config
-from neo_jax.state import TrainState
+from neo_jax.config import CheckpointConfig, Config, ConfigError
+from neo_jax.state import Params, TrainState
 
 
 class Checkpointer:
@@ -80,3 +80,39 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns once everything saved so far is on disk."""
         self._manager.wait_until_finished()
+
+
+def restore_params(workdir: pathlib.Path, abstract: Params) -> Params:
+    """The parameters of the newest checkpoint, without the optimiser's state.
+
+    Args:
+      abstract: shapes, types and shardings wanted.
+
+    Raises:
+      ConfigError: the workdir holds no checkpoint.
+    """
+    wanted = {"params": abstract}
+    how = ocp.checkpoint_utils.construct_restore_args(wanted)
+    folder = (workdir / "checkpoints").resolve()
+    with ocp.CheckpointManager(folder, item_names=("state", "data", "config")) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ConfigError(f"{workdir} holds no checkpoint; train there first.")
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+            ),
+        )
+    return restored["state"]["params"]
+
+
+def save_params(workdir: pathlib.Path, params: Params, config: Config) -> None:
+    """Writes parameters alone, as step 0 of a workdir, for `restore_params` to read."""
+    with ocp.CheckpointManager((workdir / "checkpoints").resolve()) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave({"params": params}),
+            config=ocp.args.JsonSave(dataclasses.asdict(config)),
+        )
+        manager.save(0, args=items)
+        manager.wait_until_finished()

@@ -35,6 +35,7 @@ WAY = (
     "train",
     "hf",
     "mtf",
+    "pretrained",
     "evaluate",
     "generate",
     "serve",

@@ -22,7 +22,7 @@ from neo_jax import hf
 from neo_jax.config import ModelConfig, preset_model
 from neo_jax.loss import cross_entropy
 from neo_jax.model import NeoLM
-from neo_jax.state import model_graph
+from neo_jax.state import Params, model_graph
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -80,11 +80,11 @@ def _jitted_init(config: ModelConfig):
     return jax.jit(lambda key: nnx.state(NeoLM(config, nnx.Rngs(params=key))))
 
 
-def fresh_params(config: ModelConfig, seed: int) -> hf.Params:
+def fresh_params(config: ModelConfig, seed: int) -> Params:
     return nnx.to_pure_dict(_jitted_init(config)(jax.random.key(seed)))
 
 
-def dense_params(config: ModelConfig) -> hf.Params:
+def dense_params(config: ModelConfig) -> Params:
     """Random numbers everywhere, also in biases and scales; float64."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -105,14 +105,14 @@ def numpy_state(model) -> dict[str, np.ndarray]:
     return state
 
 
-def our_logits(config: ModelConfig, params: hf.Params, ids, **kwargs) -> np.ndarray:
+@functools.cache
+def _jitted_logits(config: ModelConfig):
     graph, _ = model_graph(config)
+    return jax.jit(lambda params, ids, kw: nnx.merge(graph, params).logits(ids, **kw))
 
-    @jax.jit
-    def run(params, ids, kwargs):
-        return nnx.merge(graph, params).logits(ids, **kwargs)
 
-    return np.asarray(run(params, jnp.asarray(ids), kwargs))
+def our_logits(config: ModelConfig, params: Params, ids, **kwargs) -> np.ndarray:
+    return np.asarray(_jitted_logits(config)(params, jnp.asarray(ids), kwargs))
 
 
 def torch_logits(model, ids, mask=None, positions=None) -> np.ndarray:
@@ -163,7 +163,7 @@ def padded_rows(seq: int) -> dict[str, np.ndarray]:
     return {"mask": mask, "positions": positions}
 
 
-def compare(config: ModelConfig, model, params: hf.Params, seq: int) -> float:
+def compare(config: ModelConfig, model, params: Params, seq: int) -> float:
     """The error over the real tokens of three rows, two of them padded where that can be."""
     rows = padded_rows(seq)
     ids = random_ids(config, 3, seq)
@@ -183,7 +183,7 @@ def compare(config: ModelConfig, model, params: hf.Params, seq: int) -> float:
 
 @pytest.mark.parametrize("attention", ["reference", "banded"])
 @pytest.mark.parametrize(
-    ("seq", "initializer"), [(1, "hf"), (8, "mtf"), (9, "hf"), (17, "hf"), (64, "mtf")]
+    ("seq", "initializer"), [(1, "hf"), (8, "mtf"), (9, "hf"), (64, "hf")]
 )
 def test_logits_equal_torch(seq, initializer, attention):
     config = dataclasses.replace(SMALL, attention=attention)

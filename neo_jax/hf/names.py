@@ -1,138 +1,34 @@
-"""Weights and configs of Hugging Face's GPT-Neo, in and out, by one table of names.
+"""The names of Hugging Face's GPT-Neo and ours, and state dicts in memory both ways.
 
-Enters: a config.json's keys and a mapping from Hugging Face names to arrays. Leaves: our
-`ModelConfig` and our tree of parameters; and the same way back. Every tensor is moved bit by
-bit, so that a round trip changes nothing.
+Enters: a mapping from Hugging Face names to arrays, or our tree of parameters. Leaves: the
+other. Every tensor is moved bit by bit, so that a round trip changes nothing.
 
 How the two differ: torch's Linear keeps [out, in], our kernels [in, out], with heads and
 head_dim apart; we stack the layers along a leading dimension; our embeddings have rows of
 zeros up to `padded_vocab_size`.
 
-Source: Hugging Face transformers, models/gpt_neo (configuration and modeling).
+Source: Hugging Face transformers, models/gpt_neo/modeling_gpt_neo.py.
 
 Shapes: D embed, F mlp, V vocab.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from neo_jax.config import ConfigError, ModelConfig
+from neo_jax import sharding
+from neo_jax.config import ModelConfig
+from neo_jax.hf.configs import HEADS, Head
 from neo_jax.state import Params, model_graph
-
-logger = logging.getLogger(__name__)
-
-# -------------------------------------------------------------------------------- configs
-
-# Hugging Face's key and ours, where one value says the same in both.
-_SAME_VALUE = {
-    "num_layers": "num_layers",
-    "hidden_size": "embed_dim",
-    "num_heads": "num_heads",
-    "intermediate_size": "mlp_dim",
-    "window_size": "window_size",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_seq_len",
-    "layer_norm_epsilon": "layer_norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-}
-
-# GPTNeoConfig's own defaults: files written by `to_diff_dict` leave them out.
-_DEFAULTS: Mapping[str, Any] = {
-    "num_layers": 24,
-    "hidden_size": 2048,
-    "num_heads": 16,
-    "intermediate_size": None,
-    "window_size": 256,
-    "vocab_size": 50257,
-    "max_position_embeddings": 2048,
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-    "activation_function": "gelu_new",
-    "attention_types": [[["global", "local"], 12]],
-}
-
-# Other words for the same key: transformers' attribute_map and its older siblings.
-_ALIASES = {
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "n_positions": "max_position_embeddings",
-}
-
-# Hugging Face's name of an activation and ours; the tanh form of GELU has several names.
-_ACTIVATIONS = {
-    "gelu_new": "gelu_new",
-    "gelu_fast": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_new",
-    "gelu_python_tanh": "gelu_new",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-
-def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a GPT-Neo config.json describes.
-
-    Dropouts are passed over with a note: a model without them computes what
-    transformers computes in evaluation.
-
-    Raises:
-      ConfigError: the config is not GPT-Neo's, or not one that can be computed.
-    """
-    kind = values.get("model_type", "gpt_neo")
-    if kind != "gpt_neo":
-        raise ConfigError(
-            f"config.json has model_type {kind!r}, which is not GPT-Neo; "
-            f"only model_type 'gpt_neo' can be read."
-        )
-    given = {_ALIASES.get(key, key): value for key, value in values.items()}
-    hf = {**_DEFAULTS, **{key: value for key, value in given.items() if key in _DEFAULTS}}
-    dropouts = {key: value for key, value in given.items() if "dropout" in key and value}
-    dropouts.pop("classifier_dropout", None)  # of a head, and never zero by default
-    if dropouts:
-        logger.warning("config.json: %s passed over; neo_jax has no dropout.", dropouts)
-    activation = hf["activation_function"]
-    if activation not in _ACTIVATIONS:
-        raise ConfigError(
-            f"config.json: activation_function {activation!r} is unknown; "
-            f"there are {', '.join(_ACTIVATIONS)}."
-        )
-    return ModelConfig(
-        **{ours: hf[theirs] for theirs, ours in _SAME_VALUE.items()},
-        attention_types=hf["attention_types"] or _DEFAULTS["attention_types"],
-        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
-    )
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """What transformers' `GPTNeoConfig` takes, as config.json holds it."""
-    pattern = list(config.attention_types)
-    return {
-        "model_type": "gpt_neo",
-        "architectures": ["GPTNeoForCausalLM"],
-        **{theirs: getattr(config, ours) for theirs, ours in _SAME_VALUE.items()},
-        "attention_types": [[pattern, config.num_layers // len(pattern)]],
-        "attention_layers": list(config.layer_types),
-        "activation_function": config.activation,
-        "attention_dropout": 0.0,
-        "embed_dropout": 0.0,
-        "resid_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "bos_token_id": config.vocab_size - 1,
-        "eos_token_id": config.vocab_size - 1,
-    }
-
-
-# -------------------------------------------------------------------------- the name table
 
 
 class Entry(NamedTuple):
@@ -144,17 +40,20 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]  # theirs
 
 
-def name_table(config: ModelConfig) -> list[Entry]:
-    """Every tensor of a model, in the order in which a reader would meet them."""
+def name_table(config: ModelConfig, head: Head | None = None) -> list[Entry]:
+    """Every tensor of a model, in the order in which a reader would meet them.
+
+    With a `head`, the tree is `{"model": parameters of NeoLM, "head": its own}`, and a
+    checkpoint holds no language model's head.
+    """
     D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
-    assert F is not None
     outside = [
         ("embedder.embedding", "transformer.wte.weight", (V, D)),
         ("embedder.positions", "transformer.wpe.weight", (config.max_seq_len, D)),
         ("ln_f.scale", "transformer.ln_f.weight", (D,)),
         ("ln_f.bias", "transformer.ln_f.bias", (D,)),
     ]
-    if not config.tie_embeddings:
+    if not config.tie_embeddings and head is None:
         outside.append(("untied_head", "lm_head.weight", (V, D)))
     of_a_block = [
         ("ln_1.scale", "ln_1.weight", (D,)),
@@ -171,16 +70,54 @@ def name_table(config: ModelConfig) -> list[Entry]:
         ("mlp.down.kernel", "mlp.c_proj.weight", (D, F)),
         ("mlp.down.bias", "mlp.c_proj.bias", (D,)),
     ]
-    return [Entry(path, None, name, shape) for path, name, shape in outside] + [
+    table = [Entry(path, None, name, shape) for path, name, shape in outside] + [
         Entry(f"blocks.{path}", layer, f"transformer.h.{layer}.{name}", shape)
         for path, name, shape in of_a_block
         for layer in range(config.num_layers)
     ]
+    if head is None:
+        return table
+    name, has_bias = HEADS[head.architecture]
+    labels = len(head.labels)
+    on_top = [Entry("head.kernel", None, f"{name}.weight", (labels, D))]
+    if has_bias:
+        on_top.append(Entry("head.bias", None, f"{name}.bias", (labels,)))
+    return [entry._replace(path=f"model.{entry.path}") for entry in table] + on_top
 
 
-def abstract_params(config: ModelConfig) -> Params:
-    """Our tree with a `jax.ShapeDtypeStruct` at each leaf; nothing is computed."""
-    return nnx.to_pure_dict(model_graph(config)[1])
+def abstract_params(
+    config: ModelConfig, head: Head | None = None, mesh: Mesh | None = None
+) -> Params:
+    """Our tree with a `jax.ShapeDtypeStruct` at each leaf; nothing is computed.
+
+    With a `mesh` each says where it lies.
+    """
+    if head is not None:  # the language model's own head is not part of the tree
+        config = dataclasses.replace(config, tie_embeddings=True)
+    _, variables = model_graph(config)
+    params = nnx.to_pure_dict(variables)
+    if mesh is not None:
+        places = nnx.to_pure_dict(sharding.param_shardings(variables, mesh))
+        params = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            params,
+            places,
+        )
+    return (
+        params
+        if head is None
+        else {"model": params, "head": _abstract_head(config, head, mesh)}
+    )
+
+
+def _abstract_head(config: ModelConfig, head: Head, mesh: Mesh | None) -> Params:
+    def leaf(*axes: str | None) -> jax.ShapeDtypeStruct:
+        shape = tuple(config.embed_dim if axis else len(head.labels) for axis in axes)
+        place = None if mesh is None else sharding.named_sharding(mesh, axes, shape)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(config.param_dtype), sharding=place)
+
+    has_bias = HEADS[head.architecture][1]
+    return {"kernel": leaf("embed", None)} | ({"bias": leaf(None)} if has_bias else {})
 
 
 def to_ours(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -204,12 +141,13 @@ def to_theirs(entry: Entry, array: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------- in memory
 
 
-def from_hf(state: Mapping[str, Any], config: ModelConfig) -> Params:
+def from_hf(state: Mapping[str, Any], config: ModelConfig, head: Head | None = None) -> Params:
     """Our parameters from Hugging Face's state dict.
 
     Args:
       state: arrays by their names, of one float type, which is kept.
       config: the shape of the model, see `config_from_hf`.
+      head: what stands on top, if not a language model's head; see `name_table`.
 
     Returns:
       The tree that `nnx.merge` takes beside the graph of `NeoLM(config)`, NumPy leaves.
@@ -218,9 +156,10 @@ def from_hf(state: Mapping[str, Any], config: ModelConfig) -> Params:
       ValueError: names or shapes do not fit; all that do not are told at once.
     """
     state = with_full_names(state)
-    table = name_table(config)
+    table = name_table(config, head)
     check_names({name: tuple(array.shape) for name, array in state.items()}, table)
-    params = abstract_params(config)
+    check_tied_head(state, state.__getitem__, config)
+    params = abstract_params(config, head)
     for path in dict.fromkeys(entry.path for entry in table):
         entries = [entry for entry in table if entry.path == path]
         shape = get_leaf(params, path).shape
@@ -233,17 +172,17 @@ def from_hf(state: Mapping[str, Any], config: ModelConfig) -> Params:
     return params
 
 
-def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+def to_hf(
+    params: Params, config: ModelConfig, head: Head | None = None
+) -> dict[str, np.ndarray]:
     """Hugging Face's state dict of our parameters; the inverse of `from_hf`.
 
     A tied head is left out, as transformers leaves it out of the files that it writes.
     """
-    state = {}
-    for entry in name_table(config):
-        array = get_leaf(params, entry.path)
-        row = array if entry.layer is None else array[entry.layer]
-        state[entry.name] = to_theirs(entry, np.asarray(row))
-    return state
+    return {
+        entry.name: to_theirs(entry, to_host(row_of(params, entry)))
+        for entry in name_table(config, head)
+    }
 
 
 def with_full_names(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +214,7 @@ def check_names(shapes: Mapping[str, tuple[int, ...]], table: Iterable[Entry]) -
     ]
     missing = [name for name in wanted if name not in shapes]
     report = [
-        f"{what}: {_some(names)}"
+        f"{what}: {some(names)}"
         for what, names in (
             ("missing", missing),
             ("unexpected", extra),
@@ -285,6 +224,19 @@ def check_names(shapes: Mapping[str, tuple[int, ...]], table: Iterable[Entry]) -
     ]
     if report:
         raise ValueError(f"weights do not fit the config; {'; '.join(report)}.")
+
+
+def check_tied_head(
+    names: Container[str], read: Callable[[str], np.ndarray], config: ModelConfig
+) -> None:
+    """Refuses a head that is written out, said to be tied, and yet not the embedding."""
+    if not config.tie_embeddings or "lm_head.weight" not in names:
+        return
+    if not np.array_equal(read("lm_head.weight"), read("transformer.wte.weight")):
+        raise ValueError(
+            "lm_head.weight differs from transformer.wte.weight, though the config ties them; "
+            "set tie_word_embeddings to false in config.json to load both."
+        )
 
 
 def get_leaf(params: Params, path: str) -> Any:
@@ -302,6 +254,20 @@ def set_leaf(params: Params, path: str, leaf: Any) -> None:
     params[last] = leaf
 
 
-def _some(names: list[str], at_most: int = 6) -> str:
+def row_of(params: Params, entry: Entry) -> Any:
+    """The part of our tree that one of their tensors holds."""
+    array = get_leaf(params, entry.path)
+    return array if entry.layer is None else array[entry.layer]
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole array, also where other hosts hold parts of it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def some(names: list[str], at_most: int = 6) -> str:
+    """The first few of a list of names, and how many more there are."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more

@@ -1,0 +1,39 @@
+"""Weights and configs of Hugging Face's GPT-Neo, in and out, by one table of names.
+
+Enters: a directory (or hub id) with config.json and safetensors, or a state dict in memory.
+Leaves: our `ModelConfig` and our tree of parameters, placed on their devices; and the same
+way back. configs.py and names.py say what is what, reading.py and writing.py move it.
+"""
+
+from neo_jax.hf.configs import (
+    HEADS,
+    Head,
+    config_from_hf,
+    config_to_hf,
+    head_from_hf,
+)
+from neo_jax.hf.heads import head_logits, last_token
+from neo_jax.hf.names import abstract_params, from_hf, name_table, to_hf
+from neo_jax.hf.reading import Pretrained, read, resolve
+from neo_jax.hf.writing import copy_tokenizer, push_to_hub, write, write_tokenizer
+
+__all__ = [
+    "HEADS",
+    "Head",
+    "Pretrained",
+    "abstract_params",
+    "config_from_hf",
+    "config_to_hf",
+    "copy_tokenizer",
+    "from_hf",
+    "head_from_hf",
+    "head_logits",
+    "last_token",
+    "name_table",
+    "push_to_hub",
+    "read",
+    "resolve",
+    "to_hf",
+    "write",
+    "write_tokenizer",
+]

@@ -1,0 +1,147 @@
+"""The convert command: from every kind to every kind, verified; StableHLO alone; mistakes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import neo_jax
+from neo_jax import config, convert, hf, pretrained, tokenizer
+
+TINY_MTF = pathlib.Path(__file__).parent / "fixtures" / "mtf_tiny"
+MODEL = config.ModelConfig(
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    window_size=8,
+    vocab_size=50257,
+    max_seq_len=32,
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> pathlib.Path:
+    """A Hugging Face directory with its tokenizer."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32),
+        hf.abstract_params(MODEL),
+    )
+    hf.write(params, MODEL, folder, eos_id=50256)
+    hf.write_tokenizer(tokenizer.load("gpt2"), folder, 32)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return convert.main([str(argument) for argument in arguments])
+
+
+def test_there_and_back_again(source, tmp_path, capsys):
+    """Hugging Face → workdir → Hugging Face: the same bytes, and the same tokenizer."""
+    workdir, back = tmp_path / "workdir", tmp_path / "back"
+    assert run("--source", source, "--output", workdir, "--format", "orbax", "--verify") == 0
+    assert "largest difference of logits 0 " in capsys.readouterr().out
+    assert run("--source", workdir, "--output", back, "--format", "hf", "--verify") == 0
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (back / name).read_bytes() == (source / name).read_bytes(), name
+    words, kept = tokenizer.load("gpt2"), tokenizer.load(back)
+    assert kept.encode("Née à Zürich") == words.encode("Née à Zürich")
+    assert neo_jax.load(workdir).tokenizer.eos_id == 50256
+
+
+def test_original_to_hugging_face(tmp_path, capsys):
+    assert run("--source", TINY_MTF, "--output", tmp_path / "hf", "--verify") == 0
+    assert "largest difference of logits 0 " in capsys.readouterr().out
+    model = pretrained.read(tmp_path / "hf")
+    expected = pretrained.read(TINY_MTF)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+
+
+def test_dtype_is_told_and_measured(source, tmp_path, capsys):
+    output = tmp_path / "half"
+    arguments = ["--source", source, "--output", output, "--dtype", "bfloat16", "--verify"]
+    assert run(*arguments) == 0
+    assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    line = capsys.readouterr().out.splitlines()[-1]
+    divergence = float(line.split("mean KL ")[1].split()[0])
+    assert 0 < divergence < 1e-2
+
+
+def test_verify_notices_a_difference(source, tmp_path, capsys):
+    output = tmp_path / "hf"
+    assert run("--source", source, "--output", output) == 0
+    weights = safetensors.numpy.load_file(output / "model.safetensors")
+    weights["transformer.ln_f.bias"][3] += 0.01
+    safetensors.numpy.save_file(weights, output / "model.safetensors")
+    assert convert.verify(str(source), str(output), None) == 1
+    assert "do not answer alike" in capsys.readouterr().err
+
+
+def test_a_head_is_kept(tmp_path, capsys):
+    head = hf.Head("GPTNeoForTokenClassification", ("a", "b", "c"))
+    shapes = hf.abstract_params(MODEL, head)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    hf.write(params, MODEL, tmp_path / "a", head=head)
+    assert run("--source", tmp_path / "a", "--output", tmp_path / "b", "--verify") == 0
+    assert hf.read(tmp_path / "b").head == head
+    arguments = ["--source", tmp_path / "a", "--output", tmp_path / "c", "--format", "orbax"]
+    assert run(*arguments) == 1
+    assert "only --format hf keeps its head" in capsys.readouterr().err
+
+
+def test_stablehlo_runs_without_this_code(source, tmp_path):
+    """Reloaded by a process that imports JAX alone, for two batch sizes."""
+    output = tmp_path / "hlo"
+    assert run("--source", source, "--output", output, "--format", "stablehlo") == 0
+    code = (
+        "import json, sys, numpy as np, safetensors.numpy\n"
+        "from jax import export\n"
+        "folder = sys.argv[1]\n"
+        "forward = export.deserialize(open(folder + '/forward.stablehlo', 'rb').read())\n"
+        "params = {}\n"
+        "for name, array in safetensors.numpy.load_file(\n"
+        "    folder + '/params.safetensors').items():\n"
+        "    *parents, last = name.split('.')\n"
+        "    node = params\n"
+        "    for key in parents: node = node.setdefault(key, {})\n"
+        "    node[last] = array\n"
+        "for batch in (1, 3):\n"
+        "    ids = np.arange(32 * batch, dtype=np.int32).reshape(batch, 32)\n"
+        "    np.save(f'{folder}/{batch}.npy', forward.call(params, ids))\n"
+        "assert 'neo_jax' not in sys.modules and set(forward.platforms) >= {'tpu', 'cpu'}\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-c", code, output], check=True, env=environment)
+    model = neo_jax.load(source)
+    for batch in (1, 3):
+        expected = model.logits(np.arange(32 * batch).reshape(batch, 32))
+        actual = np.load(output / f"{batch}.npy")
+        np.testing.assert_allclose(actual, expected, atol=2e-5 * float(expected.std()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "/no/such"], "/no/such is not a directory"),
+        (["--source", "SOURCE", "--output", "SOURCE"], "is not empty"),
+    ],
+)
+def test_mistakes_are_one_line(source, tmp_path, capsys, arguments, message):
+    arguments = ["--output", str(tmp_path / "o"), *arguments]
+    assert run(*(str(source) if a == "SOURCE" else a for a in arguments)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--help")
+    assert "--format orbax" in capsys.readouterr().out
