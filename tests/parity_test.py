@@ -1,8 +1,9 @@
 """The model against transformers' GPTNeoForCausalLM and against a NumPy GPT-Neo.
 
-Errors are measured in units of the logits' scale: the largest difference over the standard
-deviation of the reference's logits. Above the bounds here something other than the order of
-floating-point sums differs.
+Errors are measured in units of the logits' scale: the largest difference over the largest
+of the reference's logits. Above the bounds here something other than the order of
+floating-point sums differs. How much that order alone can do shows in the tests against
+float64, where our error is held against torch's own.
 """
 
 import contextlib
@@ -147,7 +148,7 @@ def torch_in_double() -> Iterator[None]:
 def error(actual: np.ndarray, expected: np.ndarray, where=...) -> float:
     assert actual.shape == expected.shape and np.isfinite(actual).all()
     difference = np.abs(actual.astype(np.float64) - expected)[where]
-    return float(difference.max() / expected[where].std())
+    return float(difference.max() / np.abs(expected[where]).max())
 
 
 def random_ids(config: ModelConfig, *shape: int) -> np.ndarray:
