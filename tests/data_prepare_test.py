@@ -1,0 +1,369 @@
+"""`prepare` writes what was there, counts every record, and survives being killed."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from neo_jax import prepare as command
+from neo_jax import tokenizer as tokenizers
+from neo_jax.config import ConfigError, DataConfig
+from neo_jax.data import pipeline, show, sources, store
+from neo_jax.data import prepare as preparing
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> tokenizers.Tokenizer:
+    return tokenizers.load("gpt2")
+
+
+@pytest.fixture(scope="module")
+def corpus_folder(tmp_path_factory):
+    """Some 2 MB in three files, with an empty text and a duplicate."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for name, count in (("a.jsonl", 900), ("b.jsonl", 100), ("c.jsonl", 300)):
+        with open(folder / name, "w") as file:
+            for i in range(count):
+                words = rng.integers(0, 10**6, int(rng.integers(1, 500)))
+                file.write(json.dumps({"text": f"{name} {i} {words.tolist()}"}) + "\n")
+            file.write(json.dumps({"text": ""}) + "\n")
+            file.write(json.dumps({"text": "the same text in each file"}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def config(corpus_folder):
+    return DataConfig(source=str(corpus_folder), seq_len=64, batch_size=8)
+
+
+def run(config, output, num_processes=1, shard_bytes=200_000):
+    return preparing.prepare(
+        config,
+        output,
+        num_processes=num_processes,
+        shard_bytes=shard_bytes,
+        show_progress=False,
+    )
+
+
+def digest(folder: pathlib.Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
+
+
+def stream(config, gpt2, split):
+    config = dataclasses.replace(config, shuffle=False)
+    batches = pipeline.build(config, gpt2, seed=0, split=split)
+    wanted = -(-batches.num_sequences // config.batch_size)
+    found = list(itertools.islice(batches, wanted))
+    batches.close()
+    return {key: np.concatenate([batch[key] for batch in found]) for key in found[0]}
+
+
+# -------------------------------------------------------------------------- same content
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_prepared_text_gives_the_stream_of_the_text_itself(config, gpt2, tmp_path, split):
+    run(config, tmp_path / "out")
+    prepared = dataclasses.replace(config, source=str(tmp_path / "out"))
+    direct, read = stream(config, gpt2, split), stream(prepared, gpt2, split)
+    for key in direct:
+        np.testing.assert_array_equal(direct[key], read[key])
+
+
+def test_masks_are_stored_with_their_tokens(gpt2, tmp_path):
+    rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(5000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(
+        source=str(tmp_path / "a.jsonl"),
+        record_format="instruction",
+        packing="none",
+        seq_len=32,
+        batch_size=8,
+    )
+    run(config, tmp_path / "out", shard_bytes=20_000)
+    prepared = dataclasses.replace(config, source=str(tmp_path / "out"))
+    direct, read = stream(config, gpt2, "train"), stream(prepared, gpt2, "train")
+    for key in direct:
+        np.testing.assert_array_equal(direct[key], read[key])
+    learned = direct["targets"][0][direct["weights"][0] > 0]
+    assert gpt2.decode(learned) == "0<|endoftext|>"
+
+
+def test_any_range_of_a_prepared_stream_can_be_read(config, gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BLOCK_TOKENS", 256)
+    run(config, tmp_path / "out")
+    prepared = store.PreparedTokens(tmp_path / "out", "train", gpt2)
+    ((whole,), _) = prepared.read([(-1, prepared.num_tokens)])
+    assert len(whole) == prepared.num_tokens + 1 and whole[0] == gpt2.eos_id
+    rng = np.random.default_rng(0)
+    ranges = [tuple(sorted(rng.integers(-1, prepared.num_tokens, 2))) for _ in range(200)]
+    ranges = [(int(a), int(b) + 1) for a, b in ranges]
+    for (start, stop), ids in zip(ranges, prepared.read(ranges)[0], strict=True):
+        np.testing.assert_array_equal(ids, whole[start + 1 : stop + 1])
+    assert (whole[prepared.document_ends()] == gpt2.eos_id).all()
+
+
+def test_processes_and_shards_do_not_change_the_stream(config, gpt2, tmp_path):
+    first = run(config, tmp_path / "one")
+    run(config, tmp_path / "two", num_processes=2)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    run(config, tmp_path / "large", shard_bytes=1 << 30)
+    assert len(first["splits"]["train"]["shards"]) > 3
+    streams = [
+        stream(dataclasses.replace(config, source=str(tmp_path / name)), gpt2, "train")
+        for name in ("one", "large")
+    ]
+    np.testing.assert_array_equal(streams[0]["targets"], streams[1]["targets"])
+
+
+def test_large_vocabularies_take_four_bytes(config, tmp_path):
+    backend = tokenizers.load("gpt2")._backend
+    backend.add_tokens([f"<extra {i}>" for i in range(70000 - 50257)])
+    tokenizers.Tokenizer(backend).save(tmp_path / "wide")
+    wide = dataclasses.replace(config, tokenizer=str(tmp_path / "wide"))
+    assert run(wide, tmp_path / "out")["dtype"] == "uint32"
+    tokenizer = tokenizers.load(tmp_path / "wide")
+    prepared = dataclasses.replace(wide, source=str(tmp_path / "out"))
+    direct, read = stream(wide, tokenizer, "train"), stream(prepared, tokenizer, "train")
+    np.testing.assert_array_equal(direct["targets"], read["targets"])
+
+
+def test_a_trained_tokenizer_is_kept_with_the_tokens(config, tmp_path):
+    config = dataclasses.replace(config, tokenizer="bpe:300")
+    run(config, tmp_path / "out")
+    prepared = dataclasses.replace(config, source=str(tmp_path / "out"))
+    again, trained = (pipeline.load_tokenizer(c) for c in (prepared, config))
+    assert again.fingerprint == trained.fingerprint
+    assert stream(prepared, again, "train")["targets"].max() < 300
+
+
+# ------------------------------------------------------------------------- the accounting
+
+
+def test_every_record_is_counted(config, tmp_path):
+    extra = tmp_path / "in"
+    extra.mkdir()
+    rows = [{"text": "good " * 5}, {"text": ""}, {"text": "x" * 101}, {"text": 3}, {}]
+    data = "".join(json.dumps(row) + "\n" for row in rows) * 10
+    (extra / "a.jsonl").write_bytes(data.encode() + b'{"text": "\xff"}\nnonsense\n')
+    config = dataclasses.replace(
+        config, source=str(extra), on_error="skip", max_document_bytes=100, holdout_every=0
+    )
+    report = run(config, tmp_path / "out")["report"]
+    assert report["records"] == 52
+    assert (report["documents"], report["bytes"], report["tokens"]) == (10, 250, 60)
+    assert report["left_out"] == {"empty": 10, "too_long": 10, "invalid": 21, "undecodable": 1}
+    assert report["duplicates"] == 9
+    assert len(report["examples"]) == 5
+
+
+def test_the_pile_is_counted_by_its_subsets(tmp_path):
+    folder = tmp_path / "pile"
+    (folder / "train").mkdir(parents=True)
+    rows = [
+        {"text": f"{name} {i}", "meta": {"pile_set_name": name}}
+        for i in range(5)
+        for name in ("ArXiv", "Github")
+    ]
+    (folder / "train" / "00.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(source=f"pile:{folder}", holdout_every=0, seq_len=8)
+    groups = run(config, folder / "tokens")["report"]["groups"]
+    assert {name: counts["documents"] for name, counts in groups.items()} == {
+        "ArXiv": 5,
+        "Github": 5,
+    }
+    assert sources.prepared_directory(f"pile:{folder}") == folder / "tokens"
+    sources.preflight(config)
+    assert stream(config, tokenizers.load("gpt2"), "train")["weights"].sum() > 0
+
+
+# -------------------------------------------------------------------------- killed, rerun
+
+
+def test_interrupted_at_any_file_it_ends_the_same(config, tmp_path, monkeypatch):
+    run(config, tmp_path / "whole")
+    replace = pathlib.Path.replace
+    for stop in (1, 2, 3, 4, 5, 7, 9, 12):  # files that a run still puts in their places
+        places = itertools.count()
+
+        def put(path, target, places=places, stop=stop):
+            if next(places) == stop:
+                raise KeyboardInterrupt
+            return replace(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "replace", put)
+            with pytest.raises(KeyboardInterrupt):
+                run(config, tmp_path / "again")
+    run(config, tmp_path / "again")
+    assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_the_same(corpus_folder, tmp_path):
+    line = [sys.executable, "-m", "neo_jax.prepare", "--source", str(corpus_folder)]
+    line += ["--num_processes", "2", "--shard_mib", "1", "--output"]
+    subprocess.run([*line, str(tmp_path / "whole")], check=True, capture_output=True)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        process = subprocess.Popen(
+            [*line, str(tmp_path / "again")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=float(rng.uniform(0.3, 4.0)))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*line, str(tmp_path / "again")], check=True, capture_output=True)
+    assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+
+
+def test_a_finished_run_is_left_alone(config, tmp_path):
+    first = run(config, tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert run(config, tmp_path / "out") == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+# -------------------------------------------------------------------------------- mistakes
+
+
+def refusal(config, output, **keys) -> str:
+    with pytest.raises(ConfigError) as error:
+        run(config, output, **keys)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_another_data_set_is_not_written_over(config, tmp_path):
+    run(config, tmp_path / "out")
+    before = digest(tmp_path / "out")
+    other = dataclasses.replace(config, holdout_every=0)
+    assert "another data set, made with holdout_every=20" in refusal(other, tmp_path / "out")
+    assert digest(tmp_path / "out") == before
+
+
+def test_a_folder_of_other_files_is_not_written_into(config, tmp_path):
+    (tmp_path / "diary.md").write_text("dear diary")
+    assert "holds other files, 'diary.md' first" in refusal(config, tmp_path)
+
+
+def test_an_empty_result_is_refused_and_leaves_nothing(config, tmp_path):
+    (tmp_path / "in.txt").write_text("")
+    empty = dataclasses.replace(config, source=str(tmp_path / "in.txt"))
+    assert "gave no document to train on" in refusal(empty, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_unreadable_record_ends_it_by_name(config, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\nnonsense\n')
+    bad = dataclasses.replace(config, source=str(tmp_path / "in.jsonl"))
+    assert "in.jsonl line 2: not valid JSON" in refusal(bad, tmp_path / "out")
+
+
+def test_an_unreadable_record_in_a_process_ends_it_by_name(config, corpus_folder, tmp_path):
+    for path in corpus_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open(tmp_path / "c.jsonl", "a") as file:
+        file.write("nonsense\n")
+    bad = dataclasses.replace(config, source=str(tmp_path))
+    line = refusal(bad, tmp_path / "out", num_processes=2)
+    assert "c.jsonl line 303: not valid JSON" in line
+
+
+def test_tokens_of_another_tokenizer_are_refused(config, gpt2, tmp_path):
+    run(config, tmp_path / "out")
+    prepared = dataclasses.replace(config, source=str(tmp_path / "out"))
+    other = tokenizers.train_bpe(["some text"], 300)
+    with pytest.raises(ConfigError, match="was prepared with tokenizer 'gpt2'"):
+        pipeline.build(prepared, other, seed=0, split="train")
+    with pytest.raises(ConfigError, match="was prepared with 'gpt2'; set that"):
+        pipeline.load_tokenizer(dataclasses.replace(prepared, tokenizer="bpe:300"))
+    with pytest.raises(ConfigError, match="holdout_every=20"):
+        pipeline.build(
+            dataclasses.replace(prepared, holdout_every=7, holdout_offset=0),
+            gpt2,
+            seed=0,
+            split="train",
+        )
+
+
+def test_a_damaged_shard_is_found(config, gpt2, tmp_path):
+    manifest = run(config, tmp_path / "out")
+    shard = tmp_path / "out" / manifest["splits"]["train"]["shards"][0]["file"]
+    preparing.verify(tmp_path / "out")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ConfigError, match="checksum differs"):
+        preparing.verify(tmp_path / "out")
+    shard.write_bytes(data[:-1])
+    prepared = dataclasses.replace(config, source=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="its manifest says"):
+        pipeline.build(prepared, gpt2, seed=0, split="train")
+    shard.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        pipeline.build(prepared, gpt2, seed=0, split="train")
+
+
+def test_two_runs_do_not_write_into_one_folder(config, tmp_path):
+    with preparing._locked(tmp_path / "out"):
+        assert "another run is writing there" in refusal(config, tmp_path / "out")
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def test_the_command_prepares_verifies_and_tells(corpus_folder, tmp_path, capsys):
+    output = str(tmp_path / "out")
+    assert command.main(["--source", str(corpus_folder), "--output", output]) == 0
+    told = capsys.readouterr().out
+    assert "records 1,306" in told and "3 empty" in told and "duplicates" in told
+    assert command.main(["--verify", output]) == 0
+    assert capsys.readouterr().out == told
+
+
+def test_the_command_ends_with_one_line_on_a_mistake(tmp_path, capsys):
+    assert command.main(["--source", str(tmp_path / "no"), "--output", str(tmp_path)]) == 1
+    assert command.main(["--source", "sotu"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("prepare: ") for line in lines)
+
+
+def test_the_command_shows_sequences_and_histograms(corpus_folder, tmp_path, capsys):
+    png = tmp_path / "lengths.png"
+    line = ["--source", str(corpus_folder), "--seq_len", "64", "--show", "3", "--colour"]
+    line += ["never", "--isolate_documents", "--histogram", str(png)]
+    assert command.main(line) == 0
+    told = capsys.readouterr().out
+    assert told.count("64 tokens, 64 learned, 0 padding") == 3
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_masked_text_and_segments_are_told_apart(gpt2):
+    ids = [*gpt2.encode("ab cd"), gpt2.eos_id, *gpt2.encode("ef")]
+    batch = {
+        "inputs": np.asarray([[gpt2.eos_id, *ids[:-1], gpt2.eos_id]], np.int32),
+        "targets": np.asarray([[*ids, gpt2.eos_id]], np.int32),
+        "weights": np.ones((1, len(ids) + 1), np.float32),
+    }
+    batch["weights"][0, [0, -1]] = 0
+    plain = show.format_sequence(batch, 0, gpt2, colour=False)
+    assert "⟨1⟩⟦ab⟧ cd<|endoftext|>⟨2⟩ef" in plain and "1 padding" in plain
+    assert "\033[33;2mab\033[0m" in show.format_sequence(batch, 0, gpt2, colour=True)
