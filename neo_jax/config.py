@@ -8,6 +8,7 @@ known, every value has its type, and every contradiction was refused with one li
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,7 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -85,8 +86,7 @@ class ModelConfig:
         for name in pattern:
             if name not in ("global", "local"):
                 raise ConfigError(
-                    f"model.attention_types: {name!r} is unknown; "
-                    f"use 'global' or 'local'{_did_you_mean(name, ('global', 'local'))}."
+                    f"model.attention_types: {name!r} is unknown; use 'global' or 'local'."
                 )
         if (
             not pattern
@@ -278,6 +278,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "train", "num_steps accumulation_steps log_every")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"train.seed={self.seed} must lie in 0 … {2**31 - 1}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +288,7 @@ class EvalConfig:
 
     every: int = 500  # steps; 0: only at the end
     batch_size: int | None = None  # sequences; left out: data.batch_size
-    max_batches: int = 0  # of the evaluations on the way; 0: all of the held-out text
+    max_batches: int = 0  # of each evaluation; 0: all of the held-out text
     stride: int | None = None  # tokens scored by one window; left out: data.seq_len
     prompt: str = ""  # of the sample; empty: starts a document
     sample_tokens: int = 0  # tokens to write at the end; 0: no sample
@@ -302,6 +304,12 @@ class EvalConfig:
         for key in ("batch_size", "stride"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ConfigError(f"eval.{key}={getattr(self, key)} must be positive.")
+        for entry in self.references:
+            if not (_is_mixture_entry(entry, stages=1) and entry[1] > 0):
+                raise ConfigError(
+                    f"eval.references: {entry!r} must be a name and its bits per byte, "
+                    f"as in ('gzip -9', 2.659)."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,7 +426,7 @@ def build(config: Mapping[str, Any] | ConfigDict) -> Config:
     Raises:
       ConfigError: an unknown key, a wrong type or a contradiction; one line.
     """
-    tree = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    tree = _plain(config)
     if isinstance(tree.get("model"), str):
         tree["model"] = preset(tree["model"]).to_dict()
     return _build(Config, tree, "")
@@ -430,8 +438,16 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The inverse of `to_json`."""
-    return build(json.loads(text))
+    """The inverse of `to_json`.
+
+    Raises:
+      ConfigError: `text` is no JSON object, or not of this config's keys and types.
+    """
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not valid JSON: {error}.") from None
+    return build(tree)
 
 
 def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
@@ -442,9 +458,11 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
       overrides: strings such as `optimizer.learning_rate=3e-4`.
 
     Raises:
-      ConfigError: no such file or name, no `get_config` in it, or a bad override.
+      ConfigError: no such file or name, no `get_config` in it, a mistake in it, or a bad
+        override.
     """
-    tree = _experiment_module(name_or_path).get_config()
+    with _told_in_one_line(name_or_path):
+        tree = _plain(_experiment_module(name_or_path).get_config())
     for text in overrides:
         _override(tree, text)
     return build(tree)
@@ -457,6 +475,29 @@ def experiment_names() -> list[str]:
 
 
 # ------------------------------------------------------------------------------- in detail
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Nested dicts of a ConfigDict, or of a mapping as it is."""
+    if isinstance(config, ConfigDict):
+        return config.to_dict()
+    if isinstance(config, Mapping):
+        return dict(config)
+    raise ConfigError(f"a config must be a ConfigDict, not {config!r}.")
+
+
+@contextlib.contextmanager
+def _told_in_one_line(name_or_path: str) -> Iterator[None]:
+    """Whatever an experiment raises, as a ConfigError that names the experiment."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        reason: Any = error
+        while isinstance(reason, (AttributeError, KeyError)) and reason.args:
+            reason = reason.args[0]  # as ml_collections wraps what it has to say
+        line = " ".join(f"{kind}{reason}".split())
+        raise ConfigError(f"--config {name_or_path}: {line}") from error
 
 
 def _is_mixture_entry(entry: Any, stages: int) -> bool:
@@ -491,6 +532,8 @@ def _flatten_attention_types(value: Any) -> tuple[tuple[str, ...], bool]:
     for item in value:
         try:
             names, repeats = item
+            if isinstance(names, str):
+                raise ValueError
             flat.extend(list(names) * repeats)
         except (TypeError, ValueError):
             raise ConfigError(
@@ -515,7 +558,7 @@ def _build(section: type, tree: Mapping[str, Any], path: str) -> Any:
     for key, value in tree.items():
         full = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            raise ConfigError(_unknown_key(full, key, hints))
+            raise ConfigError(_unknown_key(full, str(key), hints))
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{full}={value!r} must be a section of keys.")
@@ -526,16 +569,18 @@ def _build(section: type, tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _unknown_key(full: str, key: str, valid: Iterable[str]) -> str:
-    # A key that another section holds is the likeliest slip after a misspelling.
-    elsewhere = [
+    section = full.removesuffix(key)
+    # The very key in another section is a likelier slip than a misspelling.
+    meant = [
         f"{name}.{key}"
         for name, hint in _hints(Config).items()
         if dataclasses.is_dataclass(hint) and key in _hints(hint)  # type: ignore[arg-type]
+    ] or [
+        section + near for near in difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     ]
-    hint = _did_you_mean(key, valid) or (
-        f", did you mean {elsewhere[0]!r}?" if elsewhere else ""
-    )
-    return f"config has no key {full!r}{hint or '; there are ' + ', '.join(valid) + '.'}"
+    if meant:
+        return f"config has no key {full!r}, did you mean {meant[0]!r}?"
+    return f"config has no key {full!r}; there are {', '.join(valid)}."
 
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:
@@ -557,8 +602,10 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return _tuples(value)
-        raise ConfigError(f"{path}={value!r} must be a list.")
+        raise ConfigError(f"{path}={value!r} must be a list, as in \"['one', 'two']\".")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value!r} must be a finite number.")
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -572,23 +619,28 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _override(tree: ConfigDict, text: str) -> None:
-    """Applies one `section.key=value` to a ConfigDict in place."""
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Applies one `section.key=value` in place."""
     path, equals, raw = text.partition("=")
     if not equals:
         raise ConfigError(f"override {text!r} has no value; write --config.{path}=VALUE.")
     *parents, key = path.split(".")
-    hints, node = _hints(Config), tree
+    hints: dict[str, Any] = _hints(Config)
+    node = tree
     for i, parent in enumerate(parents):
         if not dataclasses.is_dataclass(hints.get(parent)):
             raise ConfigError(_unknown_key(".".join(parents[: i + 1]), parent, hints))
         hints = _hints(hints[parent])
-        if isinstance(node[parent], str):  # a preset's name
-            node[parent] = preset(node[parent])
-        node = node[parent]
+        inner = node.setdefault(parent, {})
+        if isinstance(inner, str):  # a preset's name
+            node[parent] = inner = preset(inner).to_dict()
+        node = inner
     if key not in hints:
         raise ConfigError(_unknown_key(path, key, hints))
-    node[key] = raw if hints[key] is str else _literal(raw)
+    # Text stays text, also where it looks like a number: data.eval_source=2020.
+    value = _literal(raw)
+    is_text = hints[key] is str or (hints[key] == str | None and value is not None)
+    node[key] = raw if is_text else value
 
 
 def _literal(raw: str) -> Any:
@@ -616,7 +668,7 @@ def _experiment_module(name_or_path: str) -> types.ModuleType:
     if not path.is_file():
         names = experiment_names()
         raise ConfigError(
-            f"--config {name_or_path}: there is no such file or experiment"
+            f"there is no such file or experiment"
             f"{_did_you_mean(path.stem, names) or '; there are ' + ', '.join(names) + '.'}"
         )
     # Experiments say `from neo_jax.experiments import base`, in a checkout as in a wheel.
@@ -627,14 +679,7 @@ def _experiment_module(name_or_path: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"_experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"--config {name_or_path}: {type(error).__name__}: {error}"
-        ) from error
+    spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"--config {name_or_path}: the file defines no get_config().")
+        raise ConfigError("the file defines no get_config().")
     return module

@@ -88,15 +88,13 @@ class Pretraining:
                 writer=writer,
                 checkpointer=saved,
                 throughput=self.throughput,
-                evaluate=lambda params: self.score(
-                    params, config.data.seq_len, config.eval.max_batches
-                ),
+                evaluate=lambda params: self.score(params, config.data.seq_len),
             )
         self.data.close()
         return current
 
     def finish(self, current: TrainState, saved: Checkpointer) -> None:
-        """Scores all of the held-out text, writes a sample, and sums the run up."""
+        """Scores the held-out text, writes a sample, and sums the run up."""
         stride = self.config.eval.stride or self.config.data.seq_len
         num_steps = int(current.step)
         with Writer(self.workdir, self.config, num_steps) as writer:
@@ -125,7 +123,7 @@ class Pretraining:
             )
             writer.say(f"see {self.workdir / 'loss.png'} and {self.workdir / 'summary.json'}")
 
-    def score(self, params: Params, stride: int, max_batches: int = 0) -> dict[str, float]:
+    def score(self, params: Params, stride: int) -> dict[str, float]:
         """Loss (nats) and bits per byte of the held-out text; see evaluate/perplexity.py."""
 
         def sum_losses(batch: Mapping[str, np.ndarray]) -> tuple[float, float]:
@@ -138,7 +136,7 @@ class Pretraining:
             seq_len=self.config.data.seq_len,
             stride=stride,
             batch_size=self._eval_batch_size,
-            max_batches=max_batches,
+            max_batches=self.config.eval.max_batches,
         )
 
     def sample(self, params: Params) -> str:
@@ -273,7 +271,9 @@ def _load_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenize
 
 
 def _held_out(config: Config, words: tokenizer.Tokenizer) -> perplexity.HeldOut:
-    source = pipeline.build(config.data, words, seed=config.train.seed, split="eval")
+    # It is read once, here: workers would take longer to start than to read it.
+    data = dataclasses.replace(config.data, num_workers=0)
+    source = pipeline.build(data, words, seed=config.train.seed, split="eval")
     batches: Iterator[Mapping[str, np.ndarray]] = source
     held_out = perplexity.HeldOut.collect(batches, source.num_bytes)
     source.close()
