@@ -9,6 +9,7 @@ the same, and compared.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 from jax import export
 
@@ -95,6 +97,10 @@ def convert(
     """
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output {output} is not empty; give another directory.")
+    if format == "stablehlo" and importlib.util.find_spec("flatbuffers") is None:
+        raise ConfigError(
+            "--format stablehlo needs flatbuffers; install it with pip install flatbuffers."
+        )
     model = pretrained.read(source, dtype=dtype)
     if model.head is not None and format != "hf":
         raise ConfigError(
@@ -186,8 +192,6 @@ def export_forward(config: ModelConfig, platforms: tuple[str, ...] = PLATFORMS) 
 
 def write_stablehlo(params: Params, config: ModelConfig, output: pathlib.Path) -> None:
     """Writes `forward.stablehlo` and the parameters that it takes, by dotted names."""
-    import safetensors.numpy
-
     (output / "forward.stablehlo").write_bytes(export_forward(config))
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
