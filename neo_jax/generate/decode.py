@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from neo_jax.generate.sampling import sample
 from neo_jax.model import NeoLM
@@ -43,7 +44,9 @@ def generate(
     """
 
     @jax.jit
-    def next_token(params: Params, ids: jax.Array, length: int, key: jax.Array) -> jax.Array:
+    def next_token(
+        params: Params, ids: jax.Array, length: ArrayLike, key: jax.Array
+    ) -> jax.Array:
         logits = nnx.merge(graph, params).logits(ids)
         last = jax.lax.dynamic_index_in_dim(logits, length - 1, axis=1, keepdims=False)
         return sample(last, key, temperature=temperature, top_k=top_k)[0]

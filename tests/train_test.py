@@ -1,0 +1,198 @@
+"""The step is arithmetic: slices, devices and precision leave the update what it is."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from neo_jax import config as config_lib
+from neo_jax import optimizer, sharding, state, train
+from neo_jax.config import Config, MeshConfig
+from neo_jax.state import TrainState
+
+BATCH, SEQ, VOCAB = 8, 24, 60
+
+
+def tiny(**sections: dict[str, Any]) -> Config:
+    tree = config_lib.default_config()
+    tree.model.update(
+        num_layers=2,
+        embed_dim=32,
+        num_heads=4,
+        window_size=5,
+        vocab_size=VOCAB,
+        vocab_multiple=64,
+        max_seq_len=SEQ,
+    )
+    tree.data.update(batch_size=BATCH, seq_len=SEQ)
+    tree.optimizer.update(learning_rate=1e-4, warmup_steps=0, eps=1e-6)
+    tree.loss.block_size = 10  # does not divide SEQ
+    for name, changes in sections.items():
+        tree[name].update(changes)
+    return config_lib.build(tree)
+
+
+def ragged_batch(seed: int = 0) -> dict[str, np.ndarray]:
+    """Sequences of different lengths, so that no two slices weigh the same."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, VOCAB, (BATCH, SEQ + 1)).astype(np.int32)
+    lengths = rng.integers(1, SEQ + 1, BATCH)
+    weights = (np.arange(SEQ) < lengths[:, None]).astype(np.float32)
+    return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
+
+
+def run_steps(
+    config: Config, num_steps: int, devices: int = 1, batches: Any = ragged_batch
+) -> tuple[TrainState, list[float]]:
+    """A state after some steps, and their losses."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    tx = optimizer.build(config.optimizer, config.train.num_steps)
+    graph, _ = state.model_graph(config.model)
+    losses = []
+    with jax.set_mesh(mesh):
+        current = state.create(config.model, mesh, tx, config.train.seed)
+        step = jax.jit(functools.partial(train.train_step, graph=graph, config=config, tx=tx))
+        for number in range(num_steps):
+            batch = train.place_batch(batches(number), mesh, BATCH)
+            current, metrics = step(current, batch)
+            losses.append(float(metrics["loss"]))
+    return jax.device_get(current), losses
+
+
+def assert_close(ours: Any, theirs: Any, scale: float) -> None:
+    """Within `scale` of the largest entry of each tensor."""
+
+    def check(path: Any, a: np.ndarray, b: np.ndarray) -> None:
+        atol = scale * max(np.abs(b).max(), 1e-30)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, ours, theirs)
+
+
+def assert_equal_updates(ours: TrainState, theirs: TrainState) -> None:
+    """Two updates move each weight by up to 2e-4; they agree within a twentieth of that.
+
+    Not tighter: Adam divides a gradient by its own size, so one that is rounding error
+    itself still moves its weight.
+    """
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5),
+        ours.params,
+        theirs.params,
+    )
+
+
+def gradients(config: Config, devices: int = 1) -> tuple[Any, Any]:
+    """Of the first batch, from a fresh state, on a mesh of some devices."""
+    graph, _ = state.model_graph(config.model)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    tx = optimizer.build(config.optimizer, 1)
+    with jax.set_mesh(mesh):
+        params = state.create(config.model, mesh, tx, 0).params
+        batch = train.place_batch(ragged_batch(), mesh, BATCH)
+        result = jax.jit(lambda p, b: train.gradients(p, graph, config, b))(params, batch)
+    return jax.device_get(result)
+
+
+@pytest.mark.parametrize("slices", [2, 4, 8])
+def test_accumulated_slices_are_one_batch_even_when_ragged(slices: int) -> None:
+    whole = gradients(tiny())
+    parts = gradients(tiny(train={"accumulation_steps": slices}))
+    assert_close(parts, whole, 1e-5)
+
+
+def test_the_loss_is_the_mean_over_weighted_tokens() -> None:
+    config = tiny()
+    graph, _ = state.model_graph(config.model)
+    _, losses = gradients(config)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = optimizer.build(config.optimizer, 1)
+    params = state.create(config.model, mesh, tx, 0).params
+    batch = ragged_batch()
+    logp = jax.nn.log_softmax(nnx.merge(graph, params).logits(jnp.asarray(batch["inputs"])))
+    nll = -np.take_along_axis(np.asarray(logp), batch["targets"][..., None], -1)[..., 0]
+    expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
+    assert float(losses.nll) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"fsdp": 8},
+        {"data": 8, "fsdp": 1},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "tensor": 4},
+        {"fsdp": 4, "context": 2},
+    ],
+    ids=str,
+)
+def test_eight_devices_update_as_one(mesh: dict[str, int]) -> None:
+    assert_close(gradients(tiny(mesh=mesh), devices=8), gradients(tiny()), 1e-5)
+    one, losses = run_steps(tiny(), 2)
+    many, many_losses = run_steps(tiny(mesh=mesh), 2, devices=8)
+    np.testing.assert_allclose(many_losses, losses, rtol=1e-5)
+    assert_equal_updates(many, one)
+
+
+@pytest.mark.parametrize("model", [{"scan_layers": False}, {"remat": "full"}], ids=str)
+def test_unrolling_and_rematerialising_change_no_update(model: dict[str, Any]) -> None:
+    plain, losses = run_steps(tiny(), 2)
+    other, other_losses = run_steps(tiny(model=model), 2)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-6)
+    assert_equal_updates(other, plain)
+
+
+def test_two_runs_are_equal_to_the_digit() -> None:
+    assert run_steps(tiny(), 4)[1] == run_steps(tiny(), 4)[1]
+
+
+def markov_batch(number: int) -> dict[str, np.ndarray]:
+    """Fresh text of one fixed language: each token allows four next ones."""
+    allowed = np.random.default_rng(0).integers(0, VOCAB, (VOCAB, 4))
+    rng = np.random.default_rng([1, number])
+    ids = np.zeros((BATCH, SEQ + 1), np.int32)
+    ids[:, 0] = rng.integers(0, VOCAB, BATCH)
+    for at in range(SEQ):
+        ids[:, at + 1] = allowed[ids[:, at], rng.integers(0, 4, BATCH)]
+    weights = np.ones((BATCH, SEQ), np.float32)
+    return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
+
+
+def test_bfloat16_stays_within_one_percent_of_float32_over_100_steps() -> None:
+    def losses_of(dtype: str) -> np.ndarray:
+        config = tiny(
+            model={"compute_dtype": dtype},
+            optimizer={"learning_rate": 3e-3, "eps": 1e-8, "schedule": "constant"},
+        )
+        return np.array(run_steps(config, 100, batches=markov_batch)[1])
+
+    full, half = losses_of("float32"), losses_of("bfloat16")
+    assert full[-1] < 0.8 * full[0], "the model must learn, or agreement means nothing"
+    np.testing.assert_allclose(half, full, rtol=0.01)
+
+
+def test_a_step_reports_the_rate_it_used() -> None:
+    config = tiny(optimizer={"warmup_steps": 4, "learning_rate": 1e-2})
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = optimizer.build(config.optimizer, config.train.num_steps)
+    graph, _ = state.model_graph(config.model)
+    current = state.create(config.model, mesh, tx, 0)
+    batch = jax.tree.map(jnp.asarray, ragged_batch())
+    after, metrics = train.train_step(current, batch, graph=graph, config=config, tx=tx)
+    assert float(metrics["learning_rate"]) == pytest.approx(1e-2 / 4)
+    assert int(after.step) == 1
+    # Adam's first direction has entries of ±1, decay adds a little.
+    moved = np.abs(np.asarray(after.params["ln_f"]["scale"]) - 1).max()
+    assert moved == pytest.approx(1e-2 / 4, rel=0.01)
+
+
+def test_without_weights_nothing_is_divided_by_zero() -> None:
+    config = tiny()
+    nothing = {**ragged_batch(), "weights": np.zeros((BATCH, SEQ), np.float32)}
+    after, losses = run_steps(config, 1, batches=lambda _: nothing)
+    assert losses == [0.0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
