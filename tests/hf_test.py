@@ -284,8 +284,9 @@ def test_weights_land_sharded(tmp_path):
     assert_same(hf.to_hf(model.params, model.config), weights)
 
 
-def test_memory_stays_bounded(tmp_path):
-    """Reading holds the parameters, and no more than two tensors beside them.
+@pytest.mark.parametrize("devices", [1, 8])
+def test_memory_stays_bounded(tmp_path, devices):
+    """Reading holds the parameters once, and no more than two tensors beside them.
 
     Measured in a fresh process: how much its peak of resident memory grows.
     """
@@ -296,17 +297,21 @@ def test_memory_stays_bounded(tmp_path):
     root = pathlib.Path(__file__).parents[1]
     code = (
         "import resource, sys, jax\n"
-        "from neo_jax import hf, state\n"
+        "from neo_jax import config, hf, sharding, state\n"
         "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak(); model = hf.read(sys.argv[1]); jax.block_until_ready(model.params)\n"
+        "mesh = sharding.make_mesh(config.MeshConfig()) if jax.device_count() > 1 else None\n"
+        "before = peak()\n"
+        "model = hf.read(sys.argv[1], mesh=mesh)\n"
+        "jax.block_until_ready(model.params)\n"
         "print(peak() - before, state.num_bytes(model.params))\n"
     )
+    flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-c", code, source],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": flags},
     )
     grown, target = map(int, done.stdout.split())
     largest = 4 * config.vocab_size * config.embed_dim
