@@ -23,7 +23,7 @@ from neo_jax.config import Config, ConfigError
 from neo_jax.data import pipeline, sources
 from neo_jax.evaluate import perplexity
 from neo_jax.generate import decode
-from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops
+from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops, read_metrics
 from neo_jax.state import Params, TrainState
 from neo_jax.train import Batch
 
@@ -76,6 +76,7 @@ class Pretraining:
         else:
             current, position = saved.restore(self.abstract)
             self.data.restore(position)
+        write_config(config, self.workdir)  # nothing is refused from here on
         with Writer(self.workdir, config, int(current.step)) as writer:
             writer.say(self._headline(int(current.step)))
             current = train.run(
@@ -100,7 +101,9 @@ class Pretraining:
         with Writer(self.workdir, self.config, num_steps) as writer:
             with self.throughput.pause("eval"):
                 scores = self.score(current.params, stride)
-            writer.write(num_steps, "eval", scores)
+            # A finished run that is started again is scored again, but logged once.
+            if not _is_logged(self.workdir, num_steps):
+                writer.write(num_steps, "eval", scores)
             with self.throughput.pause("save"):
                 saved.wait()
             sample = self.sample(current.params)
@@ -218,7 +221,7 @@ def _memory_bytes() -> int:
 
 
 def open_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Creates the workdir, or checks that the run in it is this one, and writes config.json.
+    """Creates the workdir, or checks that the run in it is this one.
 
     Raises:
       ConfigError: it cannot be written, or holds a run of another model or data.
@@ -233,6 +236,11 @@ def open_workdir(config: Config, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     if path.exists():
         _refuse_another_run(config_lib.from_json(path.read_text()), config, workdir)
+
+
+def write_config(config: Config, workdir: pathlib.Path) -> None:
+    """Writes config.json, aside first, so that it is never half there."""
+    path = workdir / "config.json"
     if jax.process_index() == 0:
         aside = path.with_suffix(".partial")
         aside.write_text(config_lib.to_json(config))
@@ -252,6 +260,13 @@ def _refuse_another_run(before: Config, now: Config, workdir: pathlib.Path) -> N
             f"--workdir {workdir} holds a run of another model ({listed}); "
             f"choose another workdir, or take the change back."
         )
+
+
+def _is_logged(workdir: pathlib.Path, step: int) -> bool:
+    """Whether the held-out text was scored at this step, by an earlier start."""
+    return any(
+        (line["step"], line.get("split")) == (step, "eval") for line in read_metrics(workdir)
+    )
 
 
 def _load_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer:

@@ -6,11 +6,14 @@ over the whole text so far, in a buffer of one size, so that it is compiled once
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from neo_jax import sharding
 from neo_jax.generate.sampling import sample
 from neo_jax.model import NeoLM
 from neo_jax.state import Params
@@ -52,9 +55,12 @@ def generate(
         return sample(last, key, temperature=temperature, top_k=top_k)[0]
 
     ids = list(prompt)
+    # A mesh splits every batch over these axes, so there is a row, always the same, for each.
+    axes = dict(jax.sharding.get_abstract_mesh().shape)
+    rows = math.prod(axes.get(axis, 1) for axis in sharding.TABLE["batch"] or ())
     keys = jax.random.split(jax.random.key(seed), max_new_tokens)
     for key in keys:
         seen = ids[-context:]
-        buffer = jnp.asarray([seen + [0] * (context - len(seen))], jnp.int32)
+        buffer = jnp.asarray([seen + [0] * (context - len(seen))] * rows, jnp.int32)
         ids.append(int(next_token(params, buffer, len(seen), key)))
     return ids[len(prompt) :]
