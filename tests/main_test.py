@@ -394,12 +394,13 @@ def test_a_run_that_is_broken_off_ends_with_the_same_losses(
 
 @pytest.mark.slow
 def test_a_killed_process_is_resumed_by_the_same_command(experiment, tmp_path):
-    """kill -9 once step 3 was logged; the losses are those of a run that was left alone."""
+    """kill -9 past the first checkpoint; the losses are those of a run that was left alone."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
 
     def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
         words = ["--config", experiment, "--workdir", str(workdir)]
+        words += ["--config.eval.every=0", "--config.checkpoint.every=50"]
         return subprocess.Popen(
             [sys.executable, "-m", "neo_jax.main", *words, "--config.train.num_steps=300"],
             cwd=ROOT,
@@ -414,7 +415,7 @@ def test_a_killed_process_is_resumed_by_the_same_command(experiment, tmp_path):
     process = start(killed)
     log = killed / "metrics.jsonl"
     while process.poll() is None:
-        if log.exists() and '"step": 3,' in log.read_text():
+        if log.exists() and '"step": 60,' in log.read_text():
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
