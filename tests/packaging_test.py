@@ -86,7 +86,7 @@ def test_an_installed_wheel_finds_experiments_by_name_from_anywhere(
 
 
 # Imported only where a setting asks for them.
-OPTIONAL = {"datasets", "tensorflow", "torch", "wandb"}
+OPTIONAL = {"flatbuffers", "datasets", "tensorflow", "torch", "wandb"}
 
 
 def test_every_dependency_is_used_and_everything_used_is_a_dependency() -> None:
@@ -95,7 +95,7 @@ def test_every_dependency_is_used_and_everything_used_is_a_dependency() -> None:
     for folder in ("neo_jax", "experiments"):
         for file in (ROOT / folder).rglob("*.py"):
             used |= used_packages(ast.parse(file.read_text(encoding="utf-8")))
-    used -= sys.stdlib_module_names | {"neo_jax"} | OPTIONAL
+    used -= sys.stdlib_module_names | {"flatbuffers", "neo_jax"} | OPTIONAL
     owners = importlib.metadata.packages_distributions()
     needed = {normal(owners.get(name, [name])[0]) for name in used}
     declared = {normal(re.split(r"[><=\[]", d)[0]) for d in PROJECT["project"]["dependencies"]}
