@@ -12,6 +12,7 @@ import sys
 VERBS = {
     "train": ("neo_jax.main", "train an experiment, or resume it"),
     "prepare": ("neo_jax.prepare", "tokenise a source once, into files that training reads"),
+    "checkpoint": ("neo_jax.checkpoint", "list, describe, verify or thin out checkpoints"),
     "convert": ("neo_jax.convert", "turn weights from one format into another"),
 }
 

@@ -228,9 +228,13 @@ class OptimizerConfig:
     bias_correction: bool = True
     weight_decay: float = 0.1  # decoupled, times the learning rate
     clip_norm: float = 1.0  # global gradient norm
+    # An update is left out where loss or gradient norm is not finite, or stands out of the
+    # last values. Without it the first non-finite value ends the run, with a diagnosis.
+    skip_spikes: bool = True
+    spike_sigmas: float = 6.0  # standard deviations above the mean of the last values
 
     def __post_init__(self) -> None:
-        _require_positive(self, "optimizer", "learning_rate eps clip_norm")
+        _require_positive(self, "optimizer", "learning_rate eps clip_norm spike_sigmas")
         for key in ("b1", "b2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(
@@ -273,6 +277,10 @@ class TrainConfig:
     seed: int = 0  # of the weights and of the data's order
     accumulation_steps: int = 1  # slices of the batch, one after another, one update
     log_every: int = 10  # steps between lines of metrics.jsonl
+    # Updates left out in a row that send the run back to its last checkpoint, past the data
+    # that it met since; 0: never. Finite values alone are spikes at most 4 times in a row,
+    # since the window takes them in.
+    rollback_after: int = 8
     tensorboard: bool = True
     wandb_project: str | None = None  # also log to Weights & Biases, which must be installed
 
@@ -280,6 +288,10 @@ class TrainConfig:
         _require_positive(self, "train", "num_steps accumulation_steps log_every")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"train.seed={self.seed} must lie in 0 … {2**31 - 1}.")
+        if self.rollback_after < 0:
+            raise ConfigError(
+                f"train.rollback_after={self.rollback_after} must not be negative."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,10 +329,18 @@ class CheckpointConfig:
     """When the whole training state is written, and how much of it is kept."""
 
     every: int = 1000  # steps; the last step is always saved
+    minutes: float = 30.0  # also saved when this long ago; 0: by steps alone
     keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # checkpoints at multiples of this step are kept, too; 0: none
+    keep_best: int = 1  # as many of the lowest held-out loss are kept, too
 
     def __post_init__(self) -> None:
         _require_positive(self, "checkpoint", "every keep")
+        for key in ("minutes", "keep_every", "keep_best"):
+            if getattr(self, key) < 0:
+                raise ConfigError(
+                    f"checkpoint.{key}={getattr(self, key)} must not be negative."
+                )
 
 
 @dataclasses.dataclass(frozen=True)

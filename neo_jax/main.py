@@ -7,6 +7,7 @@ loss.png, tensorboard/, tokenizer.json and summary.json. The same command again 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pathlib
 import sys
@@ -16,7 +17,10 @@ import jax
 
 from neo_jax import config as config_lib
 from neo_jax import pretrain
+from neo_jax.checkpoint import CheckpointError
 from neo_jax.config import Config, ConfigError
+from neo_jax.pretrain import DivergedError
+from neo_jax.watch import EXIT_FAILED, EXIT_PREEMPTED, Preempted
 
 _EXAMPLES = """\
 examples:
@@ -31,19 +35,43 @@ experiments by name: {names}
 settings and their defaults: neo_jax/config.py
 """
 
+# What a disk may answer while a run writes to it.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
 TASKS: Mapping[str, Callable[[Config, pathlib.Path], None]] = {"pretrain": pretrain.run}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; a user's mistake ends it with one line and exit code 2."""
+    """Runs the command; whatever ends it too early is told in one line.
+
+    Raises:
+      SystemExit: 2 after a user's mistake; 1 where the run cannot go on (a full disk, a loss
+        that diverged, a lost process); 75 where it was told to stop, and saved; 130 where
+        it was interrupted. After 75 and 130 the same command resumes.
+    """
     name, workdir, overrides = _parse(sys.argv[1:] if argv is None else argv)
     try:
         config = config_lib.load_experiment(name, overrides)
         _use_compilation_cache()
         TASKS[config.task](config, workdir)
+    except (CheckpointError, DivergedError) as error:
+        print(f"neo_jax: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None
     except ConfigError as error:
         print(f"neo_jax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Preempted as error:
+        print(f"neo_jax: {error}; the same command resumes.", file=sys.stderr)
+        raise SystemExit(EXIT_PREEMPTED) from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"neo_jax: {error.strerror}{where}; mend that, and the same command resumes.",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_FAILED) from None
     except KeyboardInterrupt:
         print("neo_jax: interrupted; the same command resumes.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -118,9 +118,21 @@ class Throughput:
     ) -> None:
         self._flops, self._clock = flops_per_token, clock
         self._peak = peak_flops * num_devices if peak_flops else None
-        self._paused = {"compile": 0.0, "eval": 0.0, "save": 0.0}
+        self._paused = {"compile": 0.0, "eval": 0.0, "save": 0.0, "restart": 0.0}
+        self._data = 0.0
+        self._earlier: dict[str, float] = {}
+        self._lost = 0.0
         self._started = clock()
         self._open_window()
+
+    def resume(self, earlier: Mapping[str, float], lost_seconds: float) -> None:
+        """Adds what earlier starts of the run took.
+
+        Args:
+          earlier: `totals` at the checkpoint that the run goes on from.
+          lost_seconds: between that checkpoint and the end of the start that wrote it.
+        """
+        self._earlier, self._lost = dict(earlier), lost_seconds
 
     def _open_window(self) -> None:
         self._steps = self._tokens = 0
@@ -132,7 +144,7 @@ class Throughput:
         self._tokens += tokens
 
     @contextlib.contextmanager
-    def pause(self, kind: Literal["compile", "eval", "save"]) -> Iterator[None]:
+    def pause(self, kind: Literal["compile", "eval", "save", "restart"]) -> Iterator[None]:
         """The time inside is not training's; one at a time.
 
         Steps run asynchronously: wait for the last one before entering.
@@ -142,6 +154,10 @@ class Throughput:
             yield
         finally:
             self._paused[kind] += self._clock() - began
+
+    def waited_for_data(self, seconds: float) -> None:
+        """Counts time in which the device had nothing to do for want of a batch."""
+        self._data += seconds
 
     def rates(self) -> dict[str, float]:
         """Since the last call: tokens_per_second, step_seconds, and MFU if the peak is known.
@@ -161,12 +177,21 @@ class Throughput:
         return rates
 
     def totals(self) -> dict[str, float]:
-        """Seconds of this process by use; `goodput` is training's share of them."""
-        total = self._clock() - self._started
-        train = total - sum(self._paused.values())
-        seconds = {"train_seconds": train}
-        seconds |= {f"{kind}_seconds": value for kind, value in self._paused.items()}
-        return {**seconds, "goodput": train / total if total > 0 else 0.0}
+        """Seconds of the run by use, all its starts together.
+
+        `restart` is restoring, and what was done after a checkpoint and had to be done again;
+        the time in which nothing ran is not counted. `goodput` is training's share.
+        """
+        own = {**self._paused, "data": self._data}
+        train = self._clock() - self._started - sum(own.values())
+        own["restart"] += self._lost
+        seconds = {
+            f"{kind}_seconds": value + self._earlier.get(f"{kind}_seconds", 0.0)
+            for kind, value in {"train": train, **own}.items()
+        }
+        total = sum(seconds.values())
+        goodput = seconds["train_seconds"] / total if total > 0 else 0.0
+        return {**seconds, "goodput": goodput}
 
 
 # -------------------------------------------------------------------------------- writing
@@ -175,6 +200,7 @@ class Throughput:
 _KEYS = (
     *("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm"),
     *("tokens", "tokens_per_second", "step_seconds", "mfu_palm", "mfu_exact", "skipped"),
+    *("non_finite", "rollbacks"),
 )
 
 Split = Literal["train", "eval"]
@@ -262,6 +288,18 @@ class Writer:
         order += [key for key in numbers if key not in order]
         for sink in self._sinks:
             sink.write(step, split, {key: numbers[key] for key in order})
+
+    def goodput(self, step: int, totals: Mapping[str, float]) -> None:
+        """Draws the run's seconds by use, in TensorBoard alone."""
+        for sink in self._sinks:
+            if isinstance(sink, _TensorBoard):
+                sink.write(step, "goodput", totals)
+
+    def flush(self) -> None:
+        """Waits until the lines written so far are on the disk."""
+        for sink in self._sinks:
+            if isinstance(sink, _JsonLines):
+                sink.flush()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step` updates; reads nothing from the device."""
@@ -352,6 +390,10 @@ class _JsonLines:
 
     def write(self, step: int, split: str, values: _Values) -> None:
         self._file.write(_json_line({"step": step, "split": split, **values}))
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

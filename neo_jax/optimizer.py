@@ -1,4 +1,4 @@
-"""From gradients to parameter updates: the learning rate's path, clipping, AdamW.
+"""From gradients to parameter updates: the learning rate's path, clipping, AdamW, spikes.
 
 Enters: an `OptimizerConfig` and, at each step, a tree of gradients with its parameters.
 Leaves: an optax transformation whose updates are added to the parameters, and the schedule
@@ -7,7 +7,8 @@ it follows, for the log. Both recipes are one chain,
     clip by global norm → Adam, with or without bias correction → + decay × parameter → × −lr
 
 and differ in the config alone. Source of the `mtf` recipe: EleutherAI/gpt-neo,
-optimizers.py. What is ours: a state in float32 whatever the parameters are.
+optimizers.py. What is ours: a state in float32 whatever the parameters are, and the window
+of recent losses and gradient norms that tells which updates to leave out.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from neo_jax.config import OptimizerConfig
+
+SPIKE_WINDOW = 128  # finite values that the next one is compared with
 
 Schedule = Callable[[ArrayLike], Float[Array, ""]]
 
@@ -108,6 +111,85 @@ def decay_mask(params: Any) -> Any:
         return _NOT_DECAYED.search(name) is None
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+class Recent(NamedTuple):
+    """The last finite values of one quantity: a ring, filled from 0."""
+
+    values: Float[Array, " window"]
+    seen: Int[Array, ""]  # finite values seen so far
+
+
+class Spikes(NamedTuple):
+    """What has to be remembered to tell a spike; part of the training state."""
+
+    loss: Recent
+    grad_norm: Recent
+    skipped: Int[Array, ""]  # updates left out so far
+    skipped_in_a_row: Int[Array, ""]  # up to the last step
+    non_finite: Int[Array, ""]  # steps whose loss or gradient norm was not finite
+
+
+def no_spikes() -> Spikes:
+    """What is remembered before the first step."""
+    # Each leaf an array of its own: the state is donated, and none may be donated twice.
+    return Spikes(
+        loss=Recent(jnp.zeros(SPIKE_WINDOW, jnp.float32), jnp.zeros((), jnp.int32)),
+        grad_norm=Recent(jnp.zeros(SPIKE_WINDOW, jnp.float32), jnp.zeros((), jnp.int32)),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        non_finite=jnp.zeros((), jnp.int32),
+    )
+
+
+def judge(
+    spikes: Spikes,
+    loss: Float[Array, ""],
+    grad_norm: Float[Array, ""],
+    config: OptimizerConfig,
+) -> tuple[Bool[Array, ""], Spikes]:
+    """Whether to leave out the update of a step, and what to remember of it.
+
+    A value is a spike if it is not finite, or lies more than `spike_sigmas` standard
+    deviations above the mean of the `SPIKE_WINDOW` finite ones before it; until there are so
+    many, no finite value is one. Finite values are remembered also where the update is left
+    out, so that a new level is soon no spike any more; non-finite ones are only counted.
+
+    With `skip_spikes` off only non-finite values stop an update, and with it all later ones:
+    the state stays as it was before them, for a diagnosis.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if config.skip_spikes:
+        sigmas = config.spike_sigmas
+        stands_out = _stands_out(spikes.loss, loss, sigmas)
+        stands_out |= _stands_out(spikes.grad_norm, grad_norm, sigmas)
+        skip = ~finite | stands_out
+    else:
+        skip = ~finite | (spikes.skipped_in_a_row > 0)
+    return skip, Spikes(
+        loss=_remember(spikes.loss, loss),
+        grad_norm=_remember(spikes.grad_norm, grad_norm),
+        skipped=spikes.skipped + skip,
+        skipped_in_a_row=jnp.where(skip, spikes.skipped_in_a_row + 1, 0),
+        non_finite=spikes.non_finite + ~finite,
+    )
+
+
+def _stands_out(recent: Recent, value: Array, sigmas: float) -> Array:
+    # Taken from the first value, so that the deviation of equal ones is 0 and not rounding.
+    centre = recent.values[0]
+    values = recent.values - centre
+    threshold = jnp.mean(values) + sigmas * jnp.std(values)
+    is_full = recent.seen >= recent.values.size
+    return is_full & (value.astype(jnp.float32) - centre > threshold)
+
+
+def _remember(recent: Recent, value: Array) -> Recent:
+    value = value.astype(jnp.float32)
+    finite = jnp.isfinite(value)
+    at = recent.seen % recent.values.size
+    kept = jnp.where(finite, value, recent.values[at])
+    return Recent(recent.values.at[at].set(kept), recent.seen + finite)
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

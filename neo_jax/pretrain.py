@@ -7,6 +7,7 @@ text. Everything that can be refused is refused before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import os
 import pathlib
@@ -14,18 +15,23 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from neo_jax import config as config_lib
-from neo_jax import optimizer, sharding, state, tokenizer, train
+from neo_jax import diagnose, optimizer, sharding, state, tokenizer, train
 from neo_jax.checkpoint import Checkpointer
+from neo_jax.checkpoint.restoring import agree, tell
 from neo_jax.config import Config, ConfigError
 from neo_jax.data import pipeline, sources
 from neo_jax.evaluate import perplexity
 from neo_jax.generate import decode
 from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops, read_metrics
 from neo_jax.state import Params, TrainState
-from neo_jax.train import Batch
+from neo_jax.train import Batch, NotFinite, RollBack
+from neo_jax.watch import HangWatch, Preemption
+
+_MOST_ROLLBACKS = 3  # to one checkpoint
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -33,10 +39,16 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
     Raises:
       ConfigError: the config, the data, the workdir or the machine do not allow it.
+      Preempted: the machine is wanted back; the state is saved.
+      DivergedError: the loss is not finite, or stays a spike wherever it is taken up.
     """
     pretraining = Pretraining(config, workdir)
     with jax.set_mesh(pretraining.mesh), Checkpointer(workdir, config.checkpoint) as saved:
         pretraining.finish(pretraining.train(saved), saved)
+
+
+class DivergedError(Exception):
+    """Training cannot go on by itself; the message says where and what to look at."""
 
 
 class Pretraining:
@@ -69,17 +81,49 @@ class Pretraining:
         self._sum_losses = jax.jit(self._batch_sums)
 
     def train(self, saved: Checkpointer) -> TrainState:
-        """Runs the loop to its end, from a fresh state or the newest checkpoint."""
-        config = self.config
-        if saved.latest_step() is None:
-            current = state.create(config.model, self.mesh, self.tx, config.train.seed)
-        else:
-            current, position = saved.restore(self.abstract)
-            self.data.restore(position)
-        write_config(config, self.workdir)  # nothing is refused from here on
-        with Writer(self.workdir, config, int(current.step)) as writer:
-            writer.say(self._headline(int(current.step)))
-            current = train.run(
+        """Runs the loop to its end, from a fresh state or the newest good checkpoint.
+
+        Too many spikes in a row are another start from there, with other data.
+        """
+        is_alive_until = _last_sign_of_life(self.workdir)
+        current = self._start(saved, is_alive_until)
+        write_config(self.config, self.workdir)  # nothing is refused from here on
+        rolled_back_to: list[int] = []
+        with Preemption() as preemption:
+            while True:
+                try:
+                    return self._run(current, saved, preemption)
+                except NotFinite as error:
+                    where = diagnose.first_not_finite(
+                        error.params, self.graph, self.config, error.batch
+                    )
+                    raise DivergedError(
+                        f"{error}: {where}; the update was not made."
+                    ) from None
+                except RollBack as error:
+                    # Without its traceback, which would keep the old state in memory.
+                    cause = error.with_traceback(None)
+                current = self._roll_back(saved, cause)
+                step = int(current.step)
+                rolled_back_to.append(step)
+                if rolled_back_to.count(step) > _MOST_ROLLBACKS:
+                    raise DivergedError(
+                        f"{cause}, and so it was with other data {_MOST_ROLLBACKS} times from "
+                        f"step {step}; lower optimizer.learning_rate, or look at the data "
+                        f"before sequence {self.data.position}."
+                    )
+
+    def _run(
+        self, current: TrainState, saved: Checkpointer, preemption: Preemption
+    ) -> TrainState:
+        config, step = self.config, int(current.step)
+        due = train.evaluation_due(config, step) and not _is_logged(self.workdir, step)
+        with (
+            Writer(self.workdir, config, step) as writer,
+            HangWatch(self.workdir / "hangs.txt", writer.say) as hang_watch,
+        ):
+            writer.say(self._headline(step))
+            return train.run(
                 current,
                 graph=self.graph,
                 config=config,
@@ -89,10 +133,50 @@ class Pretraining:
                 writer=writer,
                 checkpointer=saved,
                 throughput=self.throughput,
+                preemption=preemption,
+                hang_watch=hang_watch,
                 evaluate=lambda params: self.score(params, config.data.seq_len),
+                evaluate_first=bool(agree(step > 0 and due)),
             )
-        self.data.close()
+
+    def _start(self, saved: Checkpointer, alive_until: float | None = None) -> TrainState:
+        """A fresh state, or the newest good checkpoint with the data where it stood."""
+        config = self.config
+        with self.throughput.pause("restart"):
+            saved.wait()
+            step = saved.newest_good()
+            if step is None:
+                self.data.restore({**self.data.state(), "position": 0})
+                return state.create(config.model, self.mesh, self.tx, config.train.seed)
+            meta = saved.meta(step)
+            if saved.is_params_alone(step):
+                fresh = state.create(config.model, self.mesh, self.tx, config.train.seed)
+                params = saved.read(step, {"params": self.abstract.params})["params"]
+                return dataclasses.replace(fresh, params=params)
+            current = saved.read(step, self.abstract)
+            self.data.restore(meta["data"])
+        if alive_until is not None:
+            saved_at = datetime.datetime.fromisoformat(meta["saved_at"]).timestamp()
+            # A clock that was set back in between would make it negative.
+            lost = max(0.0, alive_until - saved_at) if step < config.train.num_steps else 0.0
+            self.throughput.resume(meta["seconds"], lost)
         return current
+
+    def _roll_back(self, saved: Checkpointer, error: RollBack) -> TrainState:
+        """The last good checkpoint, and the data past all that was met since."""
+        current = self._start(saved)
+        first, step = self.data.position, int(current.step)
+        self.data.skip(
+            error.position - first,
+            f"{train.ROLLED_BACK} from step {error.step} to {step}",
+        )
+        tell(
+            f"{error}; back to step {step}. The batches of steps {step + 1} … {error.step}, "
+            f"sequences {first} … {error.position - 1}, are left out from now on."
+        )
+        in_a_row = jax.tree.map(jnp.zeros_like, current.spikes.skipped_in_a_row)
+        spikes = current.spikes._replace(skipped_in_a_row=in_a_row)
+        return dataclasses.replace(current, spikes=spikes)
 
     def finish(self, current: TrainState, saved: Checkpointer) -> None:
         """Scores the held-out text, writes a sample, and sums the run up."""
@@ -121,9 +205,13 @@ class Pretraining:
                     "held_out_bytes": self.held_out.num_bytes,
                     "stride": stride,
                     "sample": sample,
+                    "skipped": int(current.spikes.skipped),
+                    "non_finite": int(current.spikes.non_finite),
+                    "jumps": self.data.jumps(),
                     **self.throughput.totals(),
                 }
             )
+            writer.goodput(num_steps, self.throughput.totals())
             writer.say(f"see {self.workdir / 'loss.png'} and {self.workdir / 'summary.json'}")
 
     def score(self, params: Params, stride: int) -> dict[str, float]:
@@ -260,6 +348,14 @@ def _refuse_another_run(before: Config, now: Config, workdir: pathlib.Path) -> N
             f"--workdir {workdir} holds a run of another model ({listed}); "
             f"choose another workdir, or take the change back."
         )
+
+
+def _last_sign_of_life(workdir: pathlib.Path) -> float | None:
+    """When an earlier start wrote its last line, by the file's clock; None if none did."""
+    try:
+        return (workdir / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        return None
 
 
 def _is_logged(workdir: pathlib.Path, step: int) -> bool:

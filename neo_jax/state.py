@@ -17,28 +17,32 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from neo_jax import sharding
+from neo_jax import optimizer, sharding
 from neo_jax.config import ModelConfig
 from neo_jax.model import NeoLM
+from neo_jax.optimizer import Spikes
 
 Params = dict[str, Any]  # nested by module, arrays at the leaves
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state"],
+    data_fields=["step", "params", "opt_state", "spikes"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes.
 
-    `step` counts finished updates, an int32 scalar. `opt_state` mirrors `params`.
+    `step` counts finished steps, an int32 scalar; `step - spikes.skipped` of them updated
+    the parameters. `opt_state` mirrors `params`. There is no generator of random numbers to
+    keep: what needs chance folds `step` into the run's seed.
     """
 
     step: Any
     params: Params
     opt_state: optax.OptState
+    spikes: Spikes
 
 
 def model_graph(config: ModelConfig) -> tuple[nnx.GraphDef[NeoLM], nnx.State]:
@@ -77,6 +81,7 @@ def abstract(config: ModelConfig, mesh: Mesh, tx: optax.GradientTransformation) 
             placed,
             transform_non_params=lambda shape: put(shape, everywhere),
         ),
+        spikes=jax.tree.map(lambda shape: put(shape, everywhere), shapes.spikes),
     )
 
 
@@ -96,7 +101,12 @@ def create(
 def _initial(config: ModelConfig, tx: optax.GradientTransformation, seed: Any) -> TrainState:
     model = NeoLM(config, nnx.Rngs(params=jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        spikes=optimizer.no_spikes(),
+    )
 
 
 def num_params(config: ModelConfig) -> int:

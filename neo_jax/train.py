@@ -6,8 +6,11 @@ Leaves: the state after the last step.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Num
 
 from neo_jax import loss as loss_lib
 from neo_jax import optimizer, sharding
@@ -25,12 +28,13 @@ from neo_jax.data.pipeline import Pipeline
 from neo_jax.metrics import Throughput, Writer
 from neo_jax.model import NeoLM
 from neo_jax.state import Params, TrainState
+from neo_jax.watch import HangWatch, Preempted, Preemption
 
 Graph = nnx.GraphDef[NeoLM]
 # inputs, targets int32 [batch, seq]; weights float32 [batch, seq]; where documents are
 # isolated also segment_ids and positions, int32 [batch, seq].
 Batch = Mapping[str, Array]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Num[Array, ""]]
 
 
 def batch_loss(
@@ -102,23 +106,38 @@ def train_step(
     config: Config,
     tx: optax.GradientTransformationExtraArgs,
 ) -> tuple[TrainState, Metrics]:
-    """One update.
+    """One update, or none where the loss or the gradients are a spike.
 
     Returns:
       The new state, and scalars: `loss` (mean cross-entropy in nats), `grad_norm` (before
-      clipping), `learning_rate` (of this update).
+      clipping), `learning_rate` (of this update), and the counters of `optimizer.Spikes`.
     """
     grads, losses = gradients(state.params, graph, config, batch)
     grad_norm = optimizer.global_norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
+    params = optax.apply_updates(state.params, updates)
+    skip, spikes = optimizer.judge(state.spikes, losses.nll, grad_norm, config.optimizer)
+
+    # A select, not a branch: it is fused into the update, and costs nothing beside it.
+    def unless_skipped(new: Array, old: Array) -> Array:
+        return jnp.where(skip, old, new)
+
     schedule = optimizer.schedule(config.optimizer, config.train.num_steps)
     metrics = {
         "loss": losses.nll,
         "grad_norm": grad_norm,
-        "learning_rate": schedule(state.step),
+        # The optimiser counts its own updates.
+        "learning_rate": schedule(state.step - state.spikes.skipped),
+        "skipped": spikes.skipped,
+        "skipped_in_a_row": spikes.skipped_in_a_row,
+        "non_finite": spikes.non_finite,
     }
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(unless_skipped, params, state.params),
+        opt_state=jax.tree.map(unless_skipped, opt_state, state.opt_state),
+        spikes=spikes,
+    ), metrics
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_rows: int) -> Batch:
@@ -133,6 +152,49 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_rows: int) -
     }
 
 
+ROLLED_BACK = "rolled back"  # begins the reason of such a jump of the data
+
+
+class RollBack(Exception):
+    """Too many updates in a row were left out.
+
+    Attributes:
+      step: the last of them.
+      position: of the data after it, in sequences.
+    """
+
+    def __init__(self, step: int, position: int, skipped: int) -> None:
+        super().__init__(f"{skipped} updates in a row were left out, the last at step {step}")
+        self.step, self.position = step, position
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is not finite, and `optimizer.skip_spikes` is off.
+
+    Attributes:
+      step: whose update was not made.
+      params, batch: that led to it.
+    """
+
+    def __init__(self, step: int, params: Params, batch: Batch) -> None:
+        super().__init__(f"loss or gradients of step {step} are not finite")
+        self.step, self.params, self.batch = step, params, batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """A step that was dispatched, and whose numbers nobody looked at yet."""
+
+    step: int
+    metrics: Metrics
+    batch: Batch
+    position: int  # of the data after its batch, in sequences
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.metrics["loss"].is_ready())  # type: ignore[attr-defined]
+
+
 def run(
     state: TrainState,
     *,
@@ -144,7 +206,10 @@ def run(
     writer: Writer,
     checkpointer: Checkpointer,
     throughput: Throughput,
+    preemption: Preemption,
+    hang_watch: HangWatch,
     evaluate: Callable[[Params], dict[str, float]],
+    evaluate_first: bool,
 ) -> TrainState:
     """Trains from `state.step` to `train.num_steps`.
 
@@ -156,9 +221,18 @@ def run(
       mesh: where everything lies.
       data: batches of this host, at the state's position.
       writer: takes a line every `train.log_every` steps.
-      checkpointer: takes the state every `checkpoint.every` steps, and at the end.
+      checkpointer: takes the state when it is due, and at the end.
       throughput: is told of every step.
+      preemption: is asked after every step whether to save and leave.
+      hang_watch: is told of every step.
       evaluate: parameters → metrics of the held-out text; called every `eval.every` steps.
+      evaluate_first: the state was saved in a hurry, and is due to be evaluated.
+
+    Raises:
+      Preempted: the state is saved, and the machine is wanted back.
+      RollBack: `train.rollback_after` updates in a row were left out.
+      NotFinite: as its name says, with skipping off.
+      CheckpointError: the state cannot be saved.
     """
     num_steps = config.train.num_steps
     tokens_per_step = config.data.batch_size * config.data.seq_len
@@ -166,45 +240,118 @@ def run(
     step_fn = jax.jit(
         functools.partial(train_step, graph=graph, config=config, tx=tx), donate_argnums=0
     )
-    in_flight: tuple[int, Metrics] | None = None
+    in_flight: _InFlight | None = None
+    in_a_row = int(state.spikes.skipped_in_a_row)
+    rollbacks = sum(jump["reason"].startswith(ROLLED_BACK) for jump in data.jumps())
 
     def finish() -> None:
-        """Waits for the step in flight and logs it."""
-        nonlocal in_flight
+        """Waits for the step in flight, logs it, and judges what it says."""
+        nonlocal in_flight, in_a_row
         if in_flight is None:
             return
-        done, metrics = in_flight
-        in_flight = None
-        fetched = jax.device_get(metrics)
+        last, in_flight = in_flight, None
+        fetched = jax.device_get(last.metrics)
+        in_a_row = int(fetched.pop("skipped_in_a_row"))
         # The step that compiled says nothing about speed.
-        if done > first + 1:
+        if last.step > first + 1:
             throughput.step(tokens_per_step)
-        if done % config.train.log_every == 0 or done in (first + 1, num_steps):
-            line = {**fetched, "tokens": done * tokens_per_step, **throughput.rates()}
-            writer.write(done, "train", line)
-        writer.advance(done)
+        if last.step % config.train.log_every == 0 or last.step in (1, num_steps) or in_a_row:
+            line = {
+                **fetched,
+                "tokens": last.step * tokens_per_step,
+                "rollbacks": rollbacks,
+                **throughput.rates(),
+            }
+            writer.write(last.step, "train", line)
+        writer.advance(last.step)
+        if not in_a_row:
+            return
+        if not config.optimizer.skip_spikes:
+            raise NotFinite(last.step, state.params, last.batch)
+        writer.say(
+            f"step {last.step}: update left out, loss {fetched['loss']:.4g}, "
+            f"gradient norm {fetched['grad_norm']:.4g}"
+        )
+        if in_a_row == config.train.rollback_after:
+            raise RollBack(last.step, last.position, in_a_row)
 
+    def next_batch() -> Batch:
+        """The device may still be busy: only when it is not, waiting costs anything."""
+        began = time.monotonic()
+        rows = next(data)
+        if in_flight is None or in_flight.is_done:
+            throughput.waited_for_data(time.monotonic() - began)
+        return place_batch(rows, mesh, config.data.batch_size)
+
+    def score(step: int) -> float:
+        with throughput.pause("eval"), hang_watch.pause():
+            scores = evaluate(state.params)
+        writer.write(step, "eval", scores)
+        writer.plot()
+        return scores["loss"]
+
+    def save(step: int, held_out_loss: float | None) -> None:
+        if not is_finite((state.params, state.opt_state)):
+            writer.say(f"step {step}: not saved, since its state is not finite")
+            return
+        writer.flush()  # a checkpoint's metrics outlive the machine, too
+        totals = throughput.totals()
+        writer.goodput(step, totals)
+        checkpointer.save(
+            step, state, data.state(), config, score=held_out_loss, seconds=totals
+        )
+
+    if evaluate_first:
+        score(first)
+    overdue = False
     for step in range(first, num_steps):
-        batch = place_batch(next(data), mesh, config.data.batch_size)
+        hang_watch.step(step + 1)
+        batch = next_batch()
         if step == first:
-            with throughput.pause("compile"):
+            with throughput.pause("compile"), hang_watch.pause():
                 state, metrics = jax.block_until_ready(step_fn(state, batch))
         else:
             state, metrics = step_fn(state, batch)
         # The step before this one is looked at now, while this one runs: the device never
         # waits for Python.
         finish()
-        in_flight = step + 1, metrics
+        in_flight = _InFlight(step + 1, metrics, batch, data.position)
+        checkpointer.check()
 
+        done, is_last = step + 1, step + 1 == num_steps
+        leaving = preemption.reached(done)
+        held_out_loss = None
         # Evaluation comes before saving: a run killed in between repeats both or neither.
-        if config.eval.every and (step + 1) % config.eval.every == 0 and step + 1 < num_steps:
+        # Who is told to leave has no time for it, and evaluates when it is back.
+        if evaluation_due(config, done) and not leaving:
             finish()
-            with throughput.pause("eval"):
-                writer.write(step + 1, "eval", evaluate(state.params))
-            writer.plot()
-        if (step + 1) % config.checkpoint.every == 0 or step + 1 == num_steps:
+            held_out_loss = score(done)
+        overdue |= checkpointer.due(done)
+        if overdue or is_last or leaving:
             finish()
-            with throughput.pause("save"):
-                checkpointer.save(step + 1, state, data.state(), config)
+            # Amid spikes the parameters may be what is wrong: better an earlier checkpoint.
+            if not in_a_row or is_last or leaving:
+                overdue = False
+                with throughput.pause("save"), hang_watch.pause():
+                    save(done, held_out_loss)
+        if leaving:
+            checkpointer.wait()
+            raise Preempted(done)
     finish()
     return state
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether the loop evaluates after this step; after the last, its caller does."""
+    every = config.eval.every
+    return bool(every) and step % every == 0 and step < config.train.num_steps
+
+
+def is_finite(tree: Any) -> bool:
+    """Whether all values of all float arrays are."""
+    return bool(_all_finite([x for x in jax.tree.leaves(tree) if x.dtype != jnp.int32]))
+
+
+@jax.jit
+def _all_finite(arrays: list[Array]) -> Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in arrays]))

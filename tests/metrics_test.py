@@ -148,6 +148,8 @@ def test_rates_leave_out_what_is_not_training():
         "train_seconds": 12,
         "eval_seconds": 30,
         "save_seconds": 7,
+        "restart_seconds": 0,
+        "data_seconds": 0,
         "goodput": 12 / 99,
     }
 

@@ -119,7 +119,8 @@ def test_bytes_are_those_of_all_devices_together_with_copies_once(alone, mesh):
     counts = 4 * len([x for x in jax.tree.leaves(TX.init({"x": jnp.ones(1)})) if not x.ndim])
     for tree in (alone, state.abstract(MODEL, mesh, TX)):
         assert state.num_bytes(tree.params) == 4 * parameters
-        assert state.num_bytes(tree) == 3 * 4 * parameters + counts + 4
+        spikes = 4 * (2 * (128 + 1) + 3)
+        assert state.num_bytes(tree) == 3 * 4 * parameters + counts + 4 + spikes
     half = dataclasses.replace(MODEL, param_dtype="bfloat16")
     assert state.num_bytes(state.abstract(half, mesh, TX).params) == 2 * parameters
     assert state.num_bytes({}) == 0

@@ -269,7 +269,7 @@ class Pipeline:
             _LOG.warning("data changed at sequence %d: %s", self._position, "; ".join(changes))
             self._jump(self._position, "changed: " + "; ".join(changes))
 
-    def skip(self, sequences: int) -> None:
+    def skip(self, sequences: int, reason: str = "skipped") -> None:
         """Leaves out the next `sequences` sequences, all hosts together, and notes it.
 
         Raises:
@@ -278,7 +278,11 @@ class Pipeline:
         if sequences < 0:
             raise ValueError(f"skip({sequences}): the number must not be negative.")
         self.close()
-        self._jump(self._position + sequences, "skipped")
+        self._jump(self._position + sequences, reason)
+
+    def jumps(self) -> list[dict[str, Any]]:
+        """Where the stream did not go on from the next sequence: `from`, `to`, `reason`."""
+        return [dict(jump) for jump in self._jumps]
 
     def _jump(self, to: int, reason: str) -> None:
         self._jumps.append({"from": self._position, "to": to, "reason": reason})
