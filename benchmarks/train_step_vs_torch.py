@@ -2,7 +2,8 @@
 
 Both do one whole update of GPT-Neo 125M in float32: forward, backward, gradient clipping,
 AdamW. They take turns in one process, so that whatever else the machine does meets both, and
-the medians are compared.
+the medians are compared. Both compute on memory that the process keeps (host_memory.py), as our
+training runs do.
 
     pip install 'neo-jax[oracle]'
     python benchmarks/train_step_vs_torch.py --batch 2 --seq 1024 --repeats 5
@@ -25,7 +26,7 @@ import torch
 import transformers
 
 from neo_jax import config as config_lib
-from neo_jax import optimizer, sharding, state, train
+from neo_jax import host_memory, optimizer, sharding, state, train
 from neo_jax.metrics import flops_per_token
 
 
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the result")
     arguments = parser.parse_args()
 
+    host_memory.keep_freed_memory()  # as neo_jax.main does; it serves torch as well
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 50257, (arguments.batch, arguments.seq + 1))
     sides = {"neo_jax": our_steps(ids), "torch": torch_steps(ids)}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from neo_jax import config as config_lib
-from neo_jax import pretrain
+from neo_jax import host_memory, pretrain
 from neo_jax.checkpoint import CheckpointError
 from neo_jax.config import Config, ConfigError
 from neo_jax.pretrain import DivergedError
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, workdir, overrides = _parse(sys.argv[1:] if argv is None else argv)
     try:
         config = config_lib.load_experiment(name, overrides)
+        host_memory.keep_freed_memory()  # before JAX starts its threads
         _use_compilation_cache()
         TASKS[config.task](config, workdir)
     except (CheckpointError, DivergedError) as error:

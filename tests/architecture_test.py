@@ -20,6 +20,7 @@ PACKAGE = pathlib.Path(config_lib.__file__).parent
 
 # The way through the house. A file imports only from rooms before its own.
 WAY = (
+    "host_memory",
     "config",
     "tokenizer",
     "data",
