@@ -2,8 +2,8 @@
 
 Both do one whole update of GPT-Neo 125M in float32: forward, backward, gradient clipping,
 AdamW. They take turns in one process, so that whatever else the machine does meets both, and
-the medians are compared. Both compute on memory that the process keeps (host_memory.py), as our
-training runs do.
+the medians are compared. Both compute on memory that the process keeps, as our training runs
+do (neo_jax/host_memory.py).
 
     pip install 'neo-jax[oracle]'
     python benchmarks/train_step_vs_torch.py --batch 2 --seq 1024 --repeats 5
