@@ -1,13 +1,13 @@
 """A `gcloud` and a `kubectl` that check what they are told, and lose pods on a schedule.
 
 Enters: a command line, as the scripts of tpu_scripts/ give it, and a folder of state named by
-FAKE_CLOUD. Leaves: what the real command would print, its exit status, a line in `calls.jsonl`,
+FAKE_CLOUD. Leaves: what the real command would print, its exit status, a line in calls.jsonl,
 and the state. A command line that the real one would refuse is refused, and noted in
 `violations`, so that no script can hide it.
 
-Every pod that is asked for takes its fate from the list `fates`; when the list is used up, runs
-go well. The grammar is the SDK's own table (fixtures/gcloud_grammar.json) and what its sources
-check beyond it.
+Every pod that is asked for takes its fate from the list `fates`; when the list is used up,
+runs go well. The grammar is the SDK's own table (fixtures/gcloud_grammar.json) and what its
+sources check beyond it.
 """
 
 from __future__ import annotations
