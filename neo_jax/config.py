@@ -57,7 +57,8 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     # "auto": bfloat16 on TPU and GPU, float32 on CPU.
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    attention: Literal["auto", "reference", "banded"] = "auto"
+    # "auto": by the machine, see attention/__init__.py.
+    attention: Literal["auto", "reference", "banded", "splash", "cudnn"] = "auto"
     scan_layers: bool = True  # one compiled period, run in a loop; false unrolls it
     remat: Literal["none", "full"] = "none"  # "full": recompute each period in backward
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from neo_jax import attention
 from neo_jax.config import ModelConfig
-from neo_jax.sharding import constrain
+from neo_jax.sharding import constrain, target
 
 Ids = Int[Array, "batch seq"]
 Hidden = Float[Array, "batch seq embed"]
@@ -36,9 +36,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The type of activations; "auto" is bfloat16 on accelerators and float32 on the CPU."""
+    """The type of activations; "auto" is bfloat16 on accelerators and float32 on the CPU.
+
+    Asked while a program is traced: what it is compiled for decides.
+    """
     if config.compute_dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if target().platform == "cpu" else "bfloat16")
     return jnp.dtype(config.compute_dtype)
 
 
@@ -225,13 +228,14 @@ class Embedder(nnx.Module):
         self.positions = _normal(
             config, rngs, std["positions"], ("positions", "embed"), (config.max_seq_len, D)
         )
-        self.dtype = compute_dtype(config)
+        self.config = config
 
     def __call__(self, ids: Ids, positions: Ids | None) -> Hidden:
         if positions is None:
             positions = jnp.arange(ids.shape[1])[None]
-        token_BTD = self.embedding[...].astype(self.dtype)[ids]
-        return token_BTD + self.positions[...].astype(self.dtype)[positions]
+        dtype = compute_dtype(self.config)
+        token_BTD = self.embedding[...].astype(dtype)[ids]
+        return token_BTD + self.positions[...].astype(dtype)[positions]
 
 
 class NeoLM(nnx.Module):

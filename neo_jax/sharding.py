@@ -9,6 +9,8 @@ one mesh axis raise, and the message says what would do.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +37,58 @@ TABLE: Mapping[str, tuple[str, ...] | None] = {
     "vocab": ("tensor",),
     "positions": None,
 }
+
+
+# TPU generations by the names that JAX gives their devices.
+_GENERATIONS = (
+    (r"TPU v2", "v2"),
+    (r"TPU v3", "v3"),
+    (r"TPU v4", "v4"),
+    (r"TPU v5 ?(lite|e)", "v5e"),
+    (r"TPU v5p?", "v5p"),
+    (r"TPU v6 ?(lite|e)", "v6e"),
+    (r"TPU ?v?7x?", "tpu7x"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a program is compiled for, as JAX names it: `platform` "cpu", "gpu" or "tpu"."""
+
+    platform: str
+    device_kind: str
+
+    @property
+    def generation(self) -> str | None:
+        """Of a TPU: "v2" … "tpu7x"; None elsewhere.
+
+        Raises:
+          ValueError: a TPU of unknown kind.
+        """
+        if self.platform != "tpu":
+            return None
+        for pattern, name in _GENERATIONS:
+            if re.fullmatch(pattern, self.device_kind):
+                return name
+        known = ", ".join(name for _, name in _GENERATIONS)
+        raise ValueError(f"device kind {self.device_kind!r} is none of TPU {known}.")
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether it is a GPU that cuDNN serves."""
+        return self.platform == "gpu" and bool(re.match("NVIDIA|Tesla", self.device_kind))
+
+
+def target() -> Target:
+    """The devices of the mesh that is set; where none is, those that JAX computes on.
+
+    A mesh may hold devices that are not there: under `jax.set_mesh` of a TPU topology a
+    machine without a TPU traces what the TPU will run.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    device = jax.devices()[0] if device is None else device
+    return Target(device.platform, device.device_kind)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
