@@ -1,12 +1,14 @@
 """The console command `neo-jax VERB …`: another name for `python -m neo_jax.MODULE …`.
 
-Enters: a verb and the arguments of its module. Leaves: that module's exit status. Nothing
-is imported before the verb is known, so that a wrong one is told at once.
+Enters: a verb and the arguments of its module. Leaves: that module's exit status. No room is
+imported before the verb is known, so that a wrong one is told at once.
 """
 
 import difflib
 import runpy
 import sys
+
+from neo_jax import completion
 
 # verb: (module, what it does)
 VERBS = {
@@ -14,6 +16,7 @@ VERBS = {
     "prepare": ("neo_jax.prepare", "tokenise a source once, into files that training reads"),
     "checkpoint": ("neo_jax.checkpoint", "list, describe, verify or thin out checkpoints"),
     "convert": ("neo_jax.convert", "turn weights from one format into another"),
+    "doctor": ("neo_jax.doctor", "tell what this machine has, and what is wrong with it"),
 }
 
 
@@ -27,6 +30,9 @@ def main() -> None:
     if verb in ("-h", "--help", "help"):
         print(_usage())
         return
+    if verb == "completion":
+        completion.main(arguments, VERBS)
+        return
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VERBS)}."
@@ -37,6 +43,7 @@ def main() -> None:
 
 def _usage() -> str:
     lines = [f"  {verb:10} {what}" for verb, (_, what) in VERBS.items()]
+    lines.append("  completion print what makes the shell complete all this")
     return "\n".join(
         ["usage: neo-jax VERB [arguments]", "", *lines, "", "neo-jax VERB --help tells more."]
     )

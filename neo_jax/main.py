@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
+from neo_jax import caches, host_memory, pretrain
 from neo_jax import config as config_lib
-from neo_jax import host_memory, pretrain
 from neo_jax.checkpoint import CheckpointError
 from neo_jax.config import Config, ConfigError
 from neo_jax.pretrain import DivergedError
@@ -115,8 +114,7 @@ def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, list[str]]:
 def _use_compilation_cache() -> None:
     """Programs that XLA compiled once are found again by the next process."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "neo_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(caches.compiled_programs()))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ PACKAGE = pathlib.Path(config_lib.__file__).parent
 
 # The way through the house. A file imports only from rooms before its own.
 WAY = (
+    "caches",
     "host_memory",
     "config",
     "tokenizer",
@@ -44,10 +45,12 @@ WAY = (
     "serve",
     "pretrain",
     "__init__",
+    "completion",
     # Commands: from here everything is in reach but each other.
     "plan",
     "convert",
     "prepare",
+    "doctor",
     "main",
     "cli",
 )

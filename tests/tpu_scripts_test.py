@@ -410,6 +410,33 @@ def test_run_ends_as_the_run_ended(fate, code, words, cloud):
     assert words in cloud.run("run.sh", code=code)
 
 
+@pytest.mark.parametrize(
+    ("states", "verdict"),
+    [
+        (["running -", "running -"], "running"),
+        (["running -"], "silent"),
+        (["running -", "ended 0"], "partly"),
+        (["absent -", "absent -"], "partly"),
+        (["ended 0", "ended 0"], "0"),
+        (["ended 75", "ended 75"], "75"),
+        (["ended 75", "ended 69"], "75"),
+        (["lost -", "ended 69"], "75"),
+        (["ended 137", "ended 69"], "1"),
+        (["ended 1", "ended 75"], "1"),
+        (["ended 1", "ended 2"], "2"),
+    ],
+)
+def test_what_the_states_of_hosts_mean_together(states, verdict):
+    told = subprocess.run(
+        ["bash", "-c", f'source "{SCRIPTS}/lib.sh"; verdict 2'],
+        input="".join(f"host-{i} {state} 0\n" for i, state in enumerate(states)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == f"{verdict}\n"
+
+
 def test_run_of_several_slices_reaches_all_of_them(cloud: Cloud) -> None:
     cloud.have_pod(slices=2)
     assert "run started on 4 hosts" in cloud.run("run.sh", NUM_SLICES="2")

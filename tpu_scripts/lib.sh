@@ -214,7 +214,8 @@ verdict() {
       else if (count["running"] || count["absent"]) print "partly"
       else if (codes[2]) print 2
       else if (codes[0] == seen) print 0
-      else if (codes[0] + codes[75] + count["lost"] == seen) print 75
+      # 69: only lost its company.
+      else if (codes[0] + codes[75] + codes[69] + count["lost"] == seen) print 75
       else print 1
     }'
 }
