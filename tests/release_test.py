@@ -28,7 +28,7 @@ def git(folder: pathlib.Path, *words: str) -> None:
     [
         ("v1.2.3", 0, r"1\.2\.3"),
         ("v1.2.3", 2, r"1\.2\.4\.dev2\+g\w+"),
-        (None, 0, r"0\.1\.dev.*"),
+        (None, 0, r"0\.1\.1\.dev1\+g\w+"),
     ],
 )
 def test_the_version_is_that_of_the_tag(tag, after, version, tmp_path):
