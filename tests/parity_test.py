@@ -232,7 +232,7 @@ def test_released_shapes_equal_torch(name, num_layers, initializer):
     for seq in (1, 255, 256, 257, 513):
         assert compare(config, model, params, seq) < TOLERANCE, seq
     rows = padded_rows(2048)
-    for row in range(3) if initializer == "mtf" else [0]:
+    for row in range(3):
         ids = random_ids(config, 1, 2048)
         mask, positions = (rows[key][row : row + 1] for key in ("mask", "positions"))
         expected = torch_logits(model, ids, mask, positions)
