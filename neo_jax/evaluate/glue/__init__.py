@@ -1,0 +1,1 @@
+"""GLUE and SuperGLUE: tasks, their files, official metrics and submissions."""
