@@ -248,10 +248,11 @@ class NeoLM(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedder = Embedder(config, rngs)
-        create = nnx.vmap(
-            lambda key: Block(config, nnx.Rngs(params=key)),
-            transform_metadata={nnx.PARTITION_NAME: "layers"},
+        # Not vmap's own transform_metadata, which does nothing unless NNX is in graph mode.
+        one_block = nnx.transform_metadata(
+            lambda key: Block(config, nnx.Rngs(params=key)), partition="layers"
         )
+        create = nnx.vmap(one_block)
         self.blocks = create(jax.random.split(rngs.params(), config.num_layers))
         self.ln_f = LayerNorm(config)
         self.untied_head = (

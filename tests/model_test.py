@@ -368,6 +368,8 @@ def test_simple_nnx_trees_suffice():
         "from neo_jax.config import ModelConfig; from neo_jax.model import NeoLM\n"
         "c = ModelConfig(num_layers=2, embed_dim=8, num_heads=2, vocab_size=9)\n"
         "graph, params = nnx.split(NeoLM(c, nnx.Rngs(0)))\n"
+        "names = params['blocks']['mlp']['up']['kernel'].get_metadata()['out_sharding']\n"
+        "assert names == ('layers', 'embed', 'mlp'), names\n"
         "model = nnx.merge(graph, nnx.to_pure_dict(params))\n"
         "assert model.logits(jnp.zeros((1, 3), jnp.int32)).shape == (1, 3, 9)\n"
     )
