@@ -87,7 +87,16 @@ def test_an_installed_wheel_finds_experiments_by_name_from_anywhere(
 
 
 # Imported only where a setting asks for them.
-OPTIONAL = {"flatbuffers", "datasets", "libtpu", "tensorflow", "torch", "wandb"}
+OPTIONAL = {
+    "datasets",
+    "flatbuffers",
+    "libtpu",
+    "scipy",
+    "sklearn",
+    "tensorflow",
+    "torch",
+    "wandb",
+}
 
 
 def test_every_dependency_is_used_and_everything_used_is_a_dependency() -> None:
