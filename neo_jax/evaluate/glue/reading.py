@@ -88,7 +88,7 @@ def _find(task: Task, split: str, folder: pathlib.Path) -> list[pathlib.Path]:
         have = ", ".join(task.files)
         raise ConfigError(f"{task.title} has no split {split!r}; there are {have}.")
     places = [folder / name for name in task.folders] + [folder]
-    tried = []
+    tried: list[str] = []
     for place in places:
         for names in task.files[split]:
             paths = [place / name for name in names.split("+")]
@@ -160,7 +160,7 @@ def _flat(task: Task, row: _Row, where: str, number: int) -> Iterator[Example]:
         if name in row:
             written = row[name]
             break
-    choices = ()
+    choices: tuple[str, ...] = ()
     if task.name == "copa":
         choices = tuple(str(_pick(row, (f"choice{n}",), where)) for n in (1, 2))
     group = _index(row, number) // 2 if task.name == "axg" else None
