@@ -307,11 +307,16 @@ class EvalConfig:
     sample_tokens: int = 0  # tokens to write at the end; 0: no sample
     temperature: float = 0.8
     top_k: int = 40  # 0: all
+    # Benchmarks at every evaluation: names of neo_jax.evaluate, or text:SOURCE.
+    tasks: tuple[str, ...] = ()
+    tasks_data: str | None = None  # folder of their files; left out: the hub
+    tasks_limit: int = 0  # samples of each task; 0: all
     # Pairs (name, bits per byte) that the final figure is printed beside.
     references: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for key in ("every", "max_batches", "sample_tokens", "temperature", "top_k"):
+        keys = ("every", "max_batches", "sample_tokens", "temperature", "top_k", "tasks_limit")
+        for key in keys:
             if getattr(self, key) < 0:
                 raise ConfigError(f"eval.{key}={getattr(self, key)} must not be negative.")
         for key in ("batch_size", "stride"):

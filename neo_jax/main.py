@@ -12,9 +12,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-
-from neo_jax import caches, host_memory, pretrain
+from neo_jax import compilation, host_memory, pretrain
 from neo_jax import config as config_lib
 from neo_jax.checkpoint import CheckpointError
 from neo_jax.config import Config, ConfigError
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = config_lib.load_experiment(name, overrides)
         host_memory.keep_freed_memory()  # before JAX starts its threads
-        _use_compilation_cache()
+        compilation.use_cache()
         TASKS[config.task](config, workdir)
     except (CheckpointError, DivergedError) as error:
         print(f"neo_jax: {error}", file=sys.stderr)
@@ -109,12 +107,6 @@ def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, list[str]]:
             flag += "=" + rest.pop(0)
         overrides.append(flag.removeprefix("--config."))
     return known.config, known.workdir, overrides
-
-
-def _use_compilation_cache() -> None:
-    """Programs that XLA compiled once are found again by the next process."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(caches.compiled_programs()))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from neo_jax.checkpoint import Checkpointer
 from neo_jax.checkpoint.restoring import agree, tell
 from neo_jax.config import Config, ConfigError
 from neo_jax.data import pipeline, sources
-from neo_jax.evaluate import perplexity
+from neo_jax.evaluate import in_loop, perplexity
 from neo_jax.generate import decode
 from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops, read_metrics
 from neo_jax.state import Params, TrainState
@@ -73,6 +73,9 @@ class Pretraining:
             process_count=jax.process_count(),
         )
         self.held_out = _held_out(config, self.tokenizer)
+        self.benchmarks = in_loop.Benchmarks(
+            config.eval, config.model, self.mesh, self.tokenizer
+        )
         self.throughput = Throughput(
             flops_per_token=flops_per_token(config.model, config.data.seq_len),
             peak_flops=peak_flops(self.mesh.devices.flat[0].device_kind),
@@ -135,7 +138,10 @@ class Pretraining:
                 throughput=self.throughput,
                 preemption=preemption,
                 hang_watch=hang_watch,
-                evaluate=lambda params: self.score(params, config.data.seq_len),
+                evaluate=lambda params: {
+                    **self.score(params, config.data.seq_len),
+                    **self.benchmarks.score(params),
+                },
                 evaluate_first=bool(agree(step > 0 and due)),
             )
 
@@ -185,6 +191,7 @@ class Pretraining:
         with Writer(self.workdir, self.config, num_steps) as writer:
             with self.throughput.pause("eval"):
                 scores = self.score(current.params, stride)
+                scores |= self.benchmarks.score(current.params)
             # A finished run that is started again is scored again, but logged once.
             if not _is_logged(self.workdir, num_steps):
                 writer.write(num_steps, "eval", scores)

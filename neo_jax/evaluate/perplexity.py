@@ -1,7 +1,7 @@
 """How well a model predicts text: mean loss, perplexity, bits per byte.
 
 Enters: a stream of tokens and a function that sums losses. Leaves: figures under exact
-definitions.
+definitions. Documents that are scored one by one, as benchmarks have it, are documents.py's.
 
     loss           mean cross-entropy of the scored tokens, in nats; each document's closing
                    end-of-text token is one of them

@@ -1,0 +1,278 @@
+"""A model of ours inside lm-evaluation-harness, registered there as `neo_jax`.
+
+Enters: a checkpoint, or a model that is loaded already, and the harness's requests. Leaves:
+its log-likelihoods and texts, and with `run` the harness's results as `Outcome`s. This file
+alone imports lm_eval (`pip install 'neo_jax[eval]'`), and nothing imports this file unless
+the harness is asked for.
+
+Tasks of harness_tasks/ have the names of the harness's own and take their place where a
+folder of data is given, so that they need no network; all others run as the harness has
+them. With several hosts process 0 drives: it alone talks to the harness, the others
+compute what it asks for (hosts.py).
+
+Source of the interface: lm_eval/api/model.py, 0.4.13; of what it must answer:
+lm_eval/models/huggingface.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.metadata
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.tasks import TaskManager
+
+from neo_jax import pretrained, sharding
+from neo_jax.config import ConfigError, MeshConfig
+from neo_jax.evaluate.asking import Asker
+from neo_jax.evaluate.documents import Figure
+from neo_jax.evaluate.hosts import Calls, calls_of
+from neo_jax.evaluate.scoring import Scorer
+from neo_jax.evaluate.tasks import Outcome
+from neo_jax.evaluate.tasks.registry import nearest
+from neo_jax.pretrained import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+TASK_FOLDER = pathlib.Path(__file__).parent / "harness_tasks"
+DRIVER = f"lm-eval {importlib.metadata.version('lm_eval')}"
+
+_Pair = tuple[tuple[str, str], list[int], list[int]]
+
+
+@register_model("neo_jax")
+class NeoJaxLM(TemplateLM):
+    """What the harness asks, answered by a `LanguageModel`.
+
+    Args:
+      checkpoint: a workdir of ours, a Hugging Face directory or hub id.
+      batch_size: rows of a batch; "auto" or left out: as many as suit their length.
+      dtype: of the parameters; left out, as they are stored.
+      max_gen_toks: tokens to write where a task does not say.
+      calls: of a model that is loaded already; see hosts.py.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        checkpoint: str | LanguageModel,
+        *,
+        batch_size: int | str | None = None,
+        dtype: str | None = None,
+        max_gen_toks: int = 256,
+        calls: Calls | None = None,
+    ):
+        super().__init__()
+        if not isinstance(checkpoint, LanguageModel):
+            mesh = sharding.make_mesh(MeshConfig())
+            checkpoint = pretrained.load(checkpoint, dtype=dtype, mesh=mesh)
+            rows = None if batch_size in (None, "auto") else int(batch_size)
+            scorer = Scorer(checkpoint.config, mesh, batch_size=rows, show_progress=True)
+            calls = calls_of(checkpoint, scorer)
+        assert calls is not None, "a loaded model comes with its calls"
+        if checkpoint.tokenizer is None:
+            raise ConfigError("the checkpoint has no tokenizer; the harness asks in words.")
+        self.model, self.words, self._calls = checkpoint, checkpoint.tokenizer, calls
+        self.asker = Asker(calls["score"], self.words, checkpoint.config.max_seq_len)
+        self.max_gen_toks = max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        """Of end of text, which also stands before a context that is empty."""
+        return self.words.eos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model can read."""
+        return self.model.config.max_seq_len
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's caches of requests."""
+        return f"neo_jax_{self.words.fingerprint[:16]}"
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids of a text; GPT-2's tokenizer puts nothing before or after it."""
+        return self.words.encode(string)
+
+    def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
+        return self.words.decode(tokens, skip_special_tokens)
+
+    def _loglikelihood_tokens(
+        self, requests: list[_Pair], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        before = self.asker.truncated
+        scores = self.asker.tokens([(context, rest) for _, context, rest in requests])
+        if cut := self.asker.truncated - before:
+            logger.warning(
+                "%d of %d contexts were cut at their front: with their continuation they "
+                "exceed the %d tokens that the model reads.",
+                cut,
+                len(requests),
+                self.max_length,
+            )
+        answers = [(score.loglikelihood, score.is_greedy) for score in scores]
+        for (words, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", words, answer)
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts in nats, every token predicted once."""
+        texts = [request.args[0] for request in requests]
+        answers = [rolled.loglikelihood for rolled in self.asker.rolling(texts)]
+        for text, answer in zip(texts, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), answer)
+        return answers
+
+    def generate_until(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[str]:
+        """Texts that follow contexts, up to a stop sequence."""
+        answers = []
+        for request in requests:
+            context, settings = request.args
+            text = self._written(context, settings)
+            self.cache_hook.add_partial("generate_until", (context, settings), text)
+            answers.append(text)
+        return answers
+
+    def _written(self, context: str, settings: dict[str, Any]) -> str:
+        kwargs = normalize_gen_kwargs(settings, self.max_gen_toks)
+        stops = handle_stop_sequences(kwargs["until"], eos=self.words.eos_token)
+        new = kwargs["max_gen_toks"]
+        room = self.max_length - new
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks={new} leaves no room for a context in the {self.max_length} "
+                f"tokens that the model reads; lower it."
+            )
+        prompt = self.words.encode(context) or [self.words.eos_id]
+        if len(prompt) > room:
+            self.asker.truncated += 1
+            logger.warning("a context of %d tokens was cut to its last %d.", len(prompt), room)
+        ids = self._calls["write"](
+            prompt[-room:],
+            new,
+            int(kwargs.get("seed", 0)),
+            float(kwargs.get("temperature", 0.0)),
+            int(kwargs.get("top_k", 0)),
+        )
+        if self.words.eos_id in ids:
+            ids = ids[: ids.index(self.words.eos_id)]
+        return postprocess_generated_text(self.words.decode(ids), stops, None)
+
+
+# --------------------------------------------------------------------------------- running
+
+
+@functools.cache  # reading the harness's thousands of task files takes seconds
+def task_manager(folder: pathlib.Path | None, only_ours: bool = False) -> TaskManager:
+    """The harness's tasks, with ours in their place where there is a folder of data.
+
+    Args:
+      folder: of data; None: the harness's tasks alone.
+      only_ours: leave the harness's out, and be quick.
+    """
+    if folder is None:
+        return TaskManager()
+    logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # that ours replace its
+    return TaskManager(
+        include_path=str(TASK_FOLDER),
+        include_defaults=not only_ours,
+        metadata={"data": str(folder)},
+    )
+
+
+def manager_for(names: Sequence[str], folder: pathlib.Path | None) -> TaskManager:
+    """A manager that knows all these tasks.
+
+    Raises:
+      ConfigError: none does; names the task, and those spelt nearly so.
+    """
+    ours = {path.stem for path in TASK_FOLDER.glob("*.yaml")}
+    manager = task_manager(folder, only_ours=folder is not None and ours.issuperset(names))
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            raise ConfigError(f"task {name!r} is unknown{nearest(name, near or ['none'])}")
+    return manager
+
+
+def run(
+    model: NeoJaxLM,
+    names: Sequence[str],
+    folder: pathlib.Path | None,
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    cache: str | None = None,
+) -> list[Outcome]:
+    """Runs tasks of the harness by name.
+
+    Args:
+      model: who is asked.
+      names: of tasks or groups.
+      folder: of data for the tasks that come with neo_jax; None: the harness's own.
+      num_fewshot: examples before each question; left out, as the task has it.
+      limit: only so many documents of each task.
+      cache: path of a database of answers, which a later run takes up.
+
+    Raises:
+      ConfigError: an unknown name, or data that is not to be had.
+    """
+    manager = manager_for(names, folder)
+    before = model.asker.truncated
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(names),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        use_cache=cache,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    assert results is not None  # it is for ranks other than 0, and every process is 0 to it
+    cut = model.asker.truncated - before
+    return [
+        _outcome(name, results, cut, folder)
+        for name in results["results"]
+        if name in results["n-samples"]
+    ]
+
+
+def _outcome(name: str, results: Any, truncated: int, folder: pathlib.Path | None) -> Outcome:
+    figures: dict[str, Figure] = {}
+    values = results["results"][name]
+    for key, value in values.items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = values.get(f"{metric}_stderr,{filter_name}")
+        label = metric if filter_name == "none" else key
+        known = isinstance(stderr, int | float)
+        figures[label] = Figure(float(value), float(stderr) if known else None)
+    config = results["configs"].get(name, {})
+    data = config.get("dataset_path") or str(folder)
+    return Outcome(
+        name, figures, results["n-samples"][name]["effective"], truncated, data, DRIVER
+    )
