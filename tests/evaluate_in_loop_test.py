@@ -33,6 +33,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_figures_of_tasks_are_logged(folder: pathlib.Path) -> None:
     text = f"text:{folder / 'text.jsonl'}"
     pretrain.run(run_config(folder, "lambada_openai", text), folder / "run")
@@ -48,6 +49,6 @@ def test_figures_of_tasks_are_logged(folder: pathlib.Path) -> None:
 def test_what_is_missing_is_told_before_training(folder: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="task 'piqq' is unknown; did you mean piqa"):
         pretrain.run(run_config(folder, "piqq"), folder / "run")
-    with pytest.raises(ConfigError, match="'hellaswag': none of 2 data files"):
+    with pytest.raises(ConfigError, match=r"'hellaswag': none of \d data files"):
         pretrain.run(run_config(folder, "hellaswag"), folder / "run")
     assert not (folder / "run" / "config.json").exists()

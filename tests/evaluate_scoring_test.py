@@ -32,6 +32,10 @@ CONFIG = config_lib.preset_model(
 
 @pytest.fixture(scope="module")
 def params() -> Params:
+    return large_params()
+
+
+def large_params() -> Params:
     """Weights large enough that predictions differ."""
     made = nnx.to_pure_dict(nnx.state(NeoLM(CONFIG, nnx.Rngs(params=0))))
     return jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, made)

@@ -19,6 +19,9 @@ from neo_jax.data.records import Unreadable
 
 Words = tuple[str, ...]
 
+# Files beside the data that describe it.
+_NOT_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "state.json")
+
 
 def find(folder: pathlib.Path, name: str, wanted: Sequence[Words]) -> list[pathlib.Path]:
     """The files of a task, by the first set of words that finds any.
@@ -39,7 +42,7 @@ def find(folder: pathlib.Path, name: str, wanted: Sequence[Words]) -> list[pathl
     files = {
         path: re.sub(r"[^a-z0-9]", "", str(path.relative_to(folder)).lower())
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and readers.file_format(path.name)
+        if path.is_file() and readers.file_format(path.name) and path.name not in _NOT_DATA
     }
     for words in wanted:
         found = [path for path, key in files.items() if all(word in key for word in words)]
