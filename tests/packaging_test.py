@@ -51,6 +51,8 @@ def test_the_wheel_holds_every_room_and_experiment_and_nothing_else(
     expected = {"neo_jax/py.typed"}
     for file in (ROOT / "neo_jax").rglob("*.py"):
         expected.add(file.relative_to(ROOT).as_posix())
+    for file in (ROOT / "neo_jax/evaluate/harness_tasks").glob("*.yaml"):
+        expected.add(file.relative_to(ROOT).as_posix())
     for file in (ROOT / "experiments").glob("*.py"):
         expected.add(f"neo_jax/experiments/{file.name}")
     assert wheel.name.startswith("neo_jax-0.1.0-")  # the fallback: the copy has no git
@@ -91,6 +93,7 @@ OPTIONAL = {
     "datasets",
     "flatbuffers",
     "libtpu",
+    "lm_eval",
     "scipy",
     "sklearn",
     "tensorflow",
