@@ -20,6 +20,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
+KINDS = ("*.py", "py.typed", "*.yaml")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The wheel, built offline from a copy of what the checkout holds."""
@@ -27,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     for folder in ("neo_jax", "experiments"):
-        for file in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("py.typed")]:
+        for file in [f for kind in KINDS for f in (ROOT / folder).rglob(kind)]:
             (source / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             (source / file.relative_to(ROOT)).write_bytes(file.read_bytes())
     out = tmp_path_factory.mktemp("wheel")
