@@ -130,7 +130,9 @@ class DataConfig:
     # Several sources instead of `source`: entries (source, weight). More weights in an entry
     # follow one another, the next from each of `mixture_changes` on.
     mixture: tuple[tuple[str | float, ...], ...] = ()
-    mixture_changes: tuple[int, ...] = ()  # sequences since the start of training
+    mixture_changes: tuple[int, ...] = ()  # since the start of training
+    # What those count. A step stays the same step where the batch size changes on resume.
+    mixture_changes_in: Literal["sequences", "steps"] = "sequences"
     # Held-out text. Left out: every `holdout_every`-th document of `source`.
     eval_source: str | None = None
     holdout_every: int = 20  # documents, in the source's order; 0: none is held out
@@ -172,8 +174,8 @@ class DataConfig:
             not isinstance(at, int) or at <= 0 for at in changes
         ):
             raise ConfigError(
-                f"data.mixture_changes={changes} must be sequences after 0, each later "
-                f"than the one before."
+                f"data.mixture_changes={changes} must be {self.mixture_changes_in} after 0, "
+                f"each later than the one before."
             )
         entries: list[tuple[str | float, ...]] = []
         for entry in self.mixture:

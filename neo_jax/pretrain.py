@@ -152,7 +152,7 @@ class Pretraining:
             saved.wait()
             step = saved.newest_good()
             if step is None:
-                self.data.restore({**self.data.state(), "position": 0})
+                self.data.restore({**self.data.state(), "position": 0, "step": 0})
                 return state.create(config.model, self.mesh, self.tx, config.train.seed)
             meta = saved.meta(step)
             if saved.is_params_alone(step):

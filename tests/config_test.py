@@ -128,6 +128,7 @@ def test_every_misspelt_key_is_answered_with_itself() -> None:
         ("data.mixture=[['a', 0]]", "data.mixture: the weights of stage 0 are all 0."),
         ("data.mixture=[['a', 1], ['a', 2]]", "data.mixture names a source twice: a, a."),
         ("data.mixture_changes=[3, 2]", "data.mixture_changes=[3, 2] must be sequences after"),
+        ("data.mixture_changes_in=epochs", "data.mixture_changes_in"),
     ],
 )
 def test_a_wrong_type_or_choice_is_told_with_the_value(override: str, line: str) -> None:

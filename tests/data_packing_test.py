@@ -96,9 +96,32 @@ def test_best_fit_cuts_no_document_that_fits(gpt2, lengths, seq_len):
     assert rows.num_rows <= packing.make_rows(store, "none", seq_len).num_rows
 
 
+def one_by_one(lengths, seq_len) -> list[int]:
+    """Best-fit decreasing as the paper words it; the room that is left in each bin."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [b for b, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting, key=lambda b: rooms[b])] -= length
+        else:
+            rooms.append(seq_len - length)
+    return sorted(rooms)
+
+
+@settings(max_examples=200)
+@given(data=st.data(), seq_len=st.integers(1, 60))
+def test_best_fit_is_what_placing_one_by_one_gives(data, seq_len):
+    lengths = np.asarray(
+        data.draw(st.lists(st.integers(1, seq_len), min_size=1, max_size=120)), np.uint8
+    )
+    bins = packing._best_fit(lengths, seq_len)
+    rooms = seq_len - np.bincount(bins, lengths)
+    assert sorted(rooms.astype(int).tolist()) == one_by_one(lengths.tolist(), seq_len)
+
+
 def test_best_fit_wastes_little():
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 512, 5000)
+    lengths = rng.integers(1, 512, 5000).astype(np.uint16)
     bins = packing._best_fit(lengths, 512)
     assert np.bincount(bins, lengths).max() <= 512
     assert (bins.max() + 1) * 512 < 1.01 * lengths.sum()

@@ -116,6 +116,28 @@ def test_resume_at_random_steps(config, gpt2):
         batches.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_workers_and_resume_together_give_one_stream(config, gpt2, workers, hosts):
+    every = joined(take(config, gpt2, 30))
+    config = dataclasses.replace(config, num_workers=workers)
+    for step, size in ((3, 8), (11, 16), (17, 4)):
+        now = dataclasses.replace(config, batch_size=size)
+        shares = []
+        for host in range(hosts):
+            batches = pipeline.build(
+                now, gpt2, seed=3, split="train", process_index=host, process_count=hosts
+            )
+            batches.restore({**batches.state(), "position": step * 8, "step": step})
+            shares.append([next(batches) for _ in range(3)])
+            batches.close()
+        together = joined([joined(list(parts)) for parts in zip(*shares, strict=True)])
+        assert_same(
+            {key: every[key][step * 8 : step * 8 + 3 * size] for key in every}, together
+        )
+
+
 def test_resume_goes_on_where_the_state_was_taken(config, gpt2):
     batches = pipeline.build(config, gpt2, seed=3, split="train")
     first = [next(batches) for _ in range(3)]
@@ -201,6 +223,69 @@ def test_a_mixture_is_one_stream_for_any_batch_size_and_host(mixed, gpt2):
     assert_same(alone, joined(take(large, gpt2, 4)))
     shares = [take(mixed, gpt2, 24, process_index=i, process_count=2) for i in range(2)]
     assert_same(alone, joined([joined(list(parts)) for parts in zip(*shares, strict=True)]))
+
+
+@pytest.fixture
+def mixed_by_steps(mixed):
+    # Half of each, then x alone from step 5 on, then y alone from step 7 on.
+    (x, *_), (y, *_) = mixed.mixture
+    return dataclasses.replace(
+        mixed,
+        mixture=((x, 1.0, 1.0, 0.0), (y, 1.0, 0.0, 1.0)),
+        mixture_changes=(5, 7),
+        mixture_changes_in="steps",
+    )
+
+
+def shares_of_x(batches, gpt2):
+    return [sum(sources_of([batch], gpt2)) / len(batch["inputs"]) for batch in batches]
+
+
+def test_weights_change_at_a_step(mixed_by_steps, gpt2):
+    batches = take(mixed_by_steps, gpt2, 9)
+    assert shares_of_x(batches, gpt2) == [0.5] * 5 + [1.0] * 2 + [0.0] * 2
+    in_sequences = dataclasses.replace(
+        mixed_by_steps, mixture_changes=(20, 28), mixture_changes_in="sequences"
+    )
+    assert_same(joined(batches), joined(take(in_sequences, gpt2, 9)))
+
+
+@pytest.mark.parametrize("before", [2, 6])
+@pytest.mark.parametrize("size", [2, 8])
+def test_a_step_stays_that_step_where_the_batch_size_changes(
+    mixed_by_steps, gpt2, before, size
+):
+    first = pipeline.build(mixed_by_steps, gpt2, seed=3, split="train")
+    found = [next(first) for _ in range(before)]
+    other = dataclasses.replace(mixed_by_steps, batch_size=size)
+    second = pipeline.build(other, gpt2, seed=3, split="train")
+    second.restore(json.loads(json.dumps(first.state())))
+    found += [next(second) for _ in range(3)]
+    third = pipeline.build(mixed_by_steps, gpt2, seed=3, split="train")
+    third.restore(json.loads(json.dumps(second.state())))
+    found += [next(third) for _ in range(10 - len(found))]
+    assert shares_of_x(found, gpt2) == [0.5] * 5 + [1.0] * 2 + [0.0] * 3
+    # Each source goes on where it stood: its epochs are what was drawn of it.
+    drawn = sum(sources_of(found, gpt2)), sum(len(batch["inputs"]) for batch in found)
+    rows = [part.rows.num_rows for part in third._batches.parts]
+    assert list(third.epochs().values()) == [
+        drawn[0] / rows[0],
+        (drawn[1] - drawn[0]) / rows[1],
+    ]
+    for batches in (first, second, third):
+        batches.close()
+
+
+def test_a_step_stays_that_step_where_sequences_are_skipped(mixed_by_steps, gpt2):
+    batches = pipeline.build(mixed_by_steps, gpt2, seed=3, split="train")
+    found = [next(batches) for _ in range(3)]
+    batches.skip(6)
+    found += [next(batches) for _ in range(5)]
+    assert shares_of_x(found, gpt2) == [0.5] * 5 + [1.0] * 2 + [0.0]
+    batches.restore({**batches.state(), "position": 0, "step": 0})
+    again = [next(batches) for _ in range(8)]
+    assert_same(joined(again), joined(take(mixed_by_steps, gpt2, 8)))
+    batches.close()
 
 
 def test_held_out_text_of_a_mixture_is_that_of_all_its_sources(mixed, gpt2):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -82,6 +83,25 @@ def test_prepared_text_gives_the_stream_of_the_text_itself(config, gpt2, tmp_pat
     direct, read = stream(config, gpt2, split), stream(prepared, gpt2, split)
     for key in direct:
         np.testing.assert_array_equal(direct[key], read[key])
+
+
+def test_prepared_tokens_are_read_from_another_filesystem(config, gpt2, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = dataclasses.replace(config, tokenizer="bpe:300")
+    run(config, tmp_path / "out")
+    local = dataclasses.replace(config, source=str(tmp_path / "out"))
+    remote = dataclasses.replace(config, source="memory://bucket/tokens")
+    system = fsspec.filesystem("memory")
+    system.put(str(tmp_path / "out"), "/bucket/tokens", recursive=True)
+    try:
+        tokenizer = pipeline.load_tokenizer(remote)
+        expected, found = (stream(c, tokenizer, "train") for c in (local, remote))
+        np.testing.assert_array_equal(expected["targets"], found["targets"])
+        system.rm("/bucket/tokens", recursive=True)
+        with pytest.raises(ConfigError, match=r"found no file; tried /bucket/tokens"):
+            stream(remote, tokenizer, "train")
+    finally:
+        system.store.clear()
 
 
 def test_masks_are_stored_with_their_tokens(gpt2, tmp_path):
@@ -171,24 +191,77 @@ def test_every_record_is_counted(config, tmp_path):
     assert len(report["examples"]) == 5
 
 
-def test_the_pile_is_counted_by_its_subsets(tmp_path):
+@pytest.fixture
+def pile(tmp_path):
+    """The Pile's layout: three training files, of which one lacks a subset, and val."""
     folder = tmp_path / "pile"
     (folder / "train").mkdir(parents=True)
-    rows = [
-        {"text": f"{name} {i}", "meta": {"pile_set_name": name}}
-        for i in range(5)
-        for name in ("ArXiv", "Github")
-    ]
-    (folder / "train" / "00.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = DataConfig(source=f"pile:{folder}", holdout_every=0, seq_len=8)
-    groups = run(config, folder / "tokens")["report"]["groups"]
+    for shard, names in enumerate([("ArXiv", "Github"), ("Github",), ("Books3", "ArXiv")]):
+        rows = [
+            {"text": f"{name} {shard} {i} " + "word " * i, "meta": {"pile_set_name": name}}
+            for i in range(9)
+            for name in names
+        ]
+        path = folder / "train" / f"{shard:02d}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+    (folder / "val.jsonl").write_text(json.dumps(rows[0]))
+    return folder
+
+
+def test_the_pile_is_counted_by_its_subsets(pile):
+    config = DataConfig(source=f"pile:{pile}", holdout_every=0, seq_len=8)
+    groups = run(config, pile / "tokens")["report"]["groups"]
     assert {name: counts["documents"] for name, counts in groups.items()} == {
-        "ArXiv": 5,
-        "Github": 5,
+        "ArXiv": 18,
+        "Books3": 9,
+        "Github": 18,
     }
-    assert sources.prepared_directory(f"pile:{folder}") == folder / "tokens"
+    assert sources.prepared_directory(f"pile:{pile}") == str(pile / "tokens")
     sources.preflight(config)
     assert stream(config, tokenizers.load("gpt2"), "train")["weights"].sum() > 0
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("subsets", ["ArXiv", "Github,Books3", "Books3"])
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_subsets_of_prepared_tokens_are_those_of_the_text(pile, gpt2, split, subsets, packing):
+    config = DataConfig(
+        source=f"pile:{pile}?subsets={subsets}",
+        holdout_every=4,
+        holdout_offset=1,
+        seq_len=32,
+        batch_size=1,
+        packing=packing,
+    )
+    direct = pipeline.build(config, gpt2, seed=0, split=split)
+    text = stream(config, gpt2, split)
+    whole = dataclasses.replace(config, source=f"pile:{pile}")
+    # Small shards: some hold one subset, some several.
+    run(whole, pile / "tokens", shard_bytes=600)
+    prepared = pipeline.build(config, gpt2, seed=0, split=split)
+    for key in ("num_documents", "num_bytes", "num_tokens"):
+        assert getattr(prepared, key) == getattr(direct, key) > 0
+    read = stream(config, gpt2, split)
+    for key in text:
+        np.testing.assert_array_equal(text[key], read[key])
+
+
+def test_a_subset_that_was_not_prepared_is_refused(pile, gpt2):
+    config = DataConfig(source=f"pile:{pile}", holdout_every=0)
+    run(config, pile / "tokens")
+    wrong = dataclasses.replace(config, source=f"pile:{pile}?subsets=Arxiv")
+    with pytest.raises(ConfigError, match="no subset 'Arxiv'; there are ArXiv, Books3, Git"):
+        pipeline.build(wrong, gpt2, seed=0, split="train")
+
+
+def test_the_piles_validation_text_is_read_from_its_own_tokens(pile, gpt2, monkeypatch):
+    val = f"pile:{pile}?split=val"
+    config = DataConfig(source=f"pile:{pile}", eval_source=val, seq_len=8, batch_size=1)
+    text = stream(config, gpt2, "eval")
+    assert sources.prepare_command(val, config).endswith("tokens-val --holdout_every 0")
+    run(dataclasses.replace(config, source=val, holdout_every=0), pile / "tokens-val")
+    monkeypatch.setattr(sources, "open_source", None)  # no text is read from here on
+    np.testing.assert_array_equal(text["targets"], stream(config, gpt2, "eval")["targets"])
 
 
 # -------------------------------------------------------------------------- killed, rerun
@@ -318,7 +391,21 @@ def test_a_damaged_shard_is_found(config, gpt2, tmp_path):
     with pytest.raises(ConfigError, match="its manifest says"):
         pipeline.build(prepared, gpt2, seed=0, split="train")
     shard.unlink()
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="array_record is missing; prepare the source again"):
+        pipeline.build(prepared, gpt2, seed=0, split="train")
+
+
+def test_a_damaged_index_is_found(config, gpt2, tmp_path):
+    run(config, tmp_path / "out")
+    index = tmp_path / "out" / "train.ends.npy"
+    data = bytearray(index.read_bytes())
+    data[-1] ^= 1
+    index.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"train\.ends\.npy is damaged"):
+        preparing.verify(tmp_path / "out")
+    index.write_bytes(data[:-8])
+    prepared = dataclasses.replace(config, source=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="its manifest says"):
         pipeline.build(prepared, gpt2, seed=0, split="train")
 
 

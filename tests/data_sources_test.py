@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from array_record.python import array_record_module
 
+import fake_gcs
 from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError, DataConfig
 from neo_jax.data import corpus, readers, sources
@@ -147,6 +148,53 @@ def test_files_on_another_filesystem():
         assert texts("memory://corpus/*.zst") == TEXTS
     finally:
         system.rm("/corpus", recursive=True)
+
+
+def test_a_filesystem_whose_package_is_missing_names_it(monkeypatch):
+    def refuse(*_, **__):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    line = problem("gs://bucket/corpus")
+    assert "gs:// that is not installed; pip install 'neo_jax[gcs]'" in line
+
+
+def test_what_a_remote_filesystem_raises_is_one_line(monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def refuse(*_, **__):
+        raise Refused("403, no storage.objects.get\nand more")
+
+    system = fsspec.filesystem("memory")
+    system.pipe("/corpus/a.jsonl", jsonl())
+    try:
+        monkeypatch.setattr(type(system), "_open", refuse)
+        line = problem("memory://corpus/a.jsonl")
+        assert line == "memory:///corpus/a.jsonl: Refused: 403, no storage.objects.get."
+        monkeypatch.setattr(type(system), "isfile", refuse)
+        assert "cannot be reached: Refused: 403, no storage" in problem("memory://corpus")
+    finally:
+        system.store.clear()
+
+
+def test_a_bucket_is_read_like_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("gcsfs", reason="reads gs://; an optional library")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "bucket"
+    (folder / "texts").mkdir(parents=True)
+    (folder / "texts" / "a.jsonl").write_bytes(jsonl())
+    data = zstandard.ZstdCompressor().compress(jsonl())
+    (folder / "texts" / "b.jsonl.zst").write_bytes(data)
+    write_array_record(folder / "c.array_record", [text.encode() for text in TEXTS])
+    with fake_gcs.serving(folder) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        assert texts("gs://corpus/texts") == TEXTS * 2
+        assert texts("gs://corpus/texts/*.zst") == TEXTS
+        assert texts("gs://corpus/c.array_record") == TEXTS
+        assert "found no file" in problem("gs://corpus/nothing")
+        assert "403" in problem("gs://corpus/forbidden/a.jsonl")
 
 
 def test_hugging_face_data_sets(tmp_path):
@@ -448,6 +496,9 @@ def test_no_permission_as_the_system_would_say_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fsspec, "open", refuse)
     assert "a.jsonl: Permission denied" in problem(tmp_path / "a.jsonl")
+    source = sources.open_source(str(tmp_path), DataConfig())
+    with pytest.raises(ConfigError, match=r"a\.jsonl: Permission denied"):
+        source.count(source.units()[0])
 
 
 def test_an_unknown_option_lists_the_options():

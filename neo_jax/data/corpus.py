@@ -7,13 +7,12 @@ read from the disk where `prepare` wrote them, and else made here, in memory.
 from __future__ import annotations
 
 import logging
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError, DataConfig
-from neo_jax.data import sources, store, tokens
+from neo_jax.data import readers, sources, store, tokens
 from neo_jax.data.records import Document, Record
 from neo_jax.data.tokens import TokenStore
 
@@ -29,6 +28,8 @@ def load_tokenizer(config: DataConfig) -> tokenizers.Tokenizer:
       ConfigError: unknown name, unreachable files, or nothing to train on.
     """
     kind, _, size = config.tokenizer.partition(":")
+    if readers.is_remote(config.tokenizer):
+        return tokenizers.load(_local_tokenizer(config.tokenizer))
     if kind != "bpe":
         return tokenizers.load(config.tokenizer)
     if not size.isdigit():
@@ -47,14 +48,24 @@ def load_tokenizer(config: DataConfig) -> tokenizers.Tokenizer:
     return tokenizers.train_bpe(texts, int(size))
 
 
-def _tokenizer_of(folder: pathlib.Path, name: str) -> tokenizers.Tokenizer:
+def _local_tokenizer(location: str) -> str:
+    """A local copy of a `tokenizer.json`, or of the one in a remote directory."""
+    if not location.endswith(".json"):
+        location = f"{location.rstrip('/')}/{tokenizers.FILE_NAME}"
+    try:
+        return readers.local_copy(location)
+    except OSError as error:
+        raise ConfigError(f"tokenizer {location}: {error.strerror or error}.") from None
+
+
+def _tokenizer_of(folder: str, name: str) -> tokenizers.Tokenizer:
     """The tokenizer that was trained when a directory was prepared."""
     prepared_with = store.read_manifest(folder)["tokenizer"]
     if prepared_with != name:
         raise ConfigError(
             f"data.tokenizer={name!r}: {folder} was prepared with {prepared_with!r}; set that."
         )
-    return tokenizers.load(folder)
+    return tokenizers.load(_local_tokenizer(folder) if readers.is_remote(folder) else folder)
 
 
 def source_names(config: DataConfig, split: Split) -> Sequence[str]:
@@ -87,7 +98,9 @@ def open_store(
     """
     folder = sources.prepared_directory(name)
     if folder is not None:
-        return _open_prepared(folder, config, tokenizer, split)
+        prepared = _open_prepared(folder, config, tokenizer, split)
+        subsets = sources.subsets(name)
+        return store.Selection(prepared, subsets) if subsets else prepared
     outcomes = list(tokens.encode(split_records(name, config, split), tokenizer, config))
     documents = [o for o in outcomes if isinstance(o, tokens.EncodedDocument)]
     left_out = [o for o in outcomes if isinstance(o, tokens.LeftOut) and o.kind != "empty"]
@@ -103,8 +116,8 @@ def open_store(
 
 
 def _open_prepared(
-    folder: pathlib.Path, config: DataConfig, tokenizer: tokenizers.Tokenizer, split: Split
-) -> TokenStore:
+    folder: str, config: DataConfig, tokenizer: tokenizers.Tokenizer, split: Split
+) -> store.PreparedTokens:
     """The split that `prepare` wrote; which documents are held out was decided then."""
     settings = store.read_manifest(folder)["settings"]
     theirs = settings["holdout_every"], settings["holdout_offset"]

@@ -25,6 +25,7 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[Sequence[float]], changes: Sequence[int]) -> None:
+        self.changes = tuple(changes)
         self._starts = [0, *changes]
         self._shares = [_shares_of_rest(stage) for stage in weights]
         self._before = [[0] * len(weights[0])]  # sequences of each source before each stage

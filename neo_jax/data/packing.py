@@ -69,55 +69,90 @@ class BestFitRows:
     """
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:
-        ends = np.asarray(store.document_ends())
-        lengths = np.diff(ends, prepend=0)
-        rest = lengths % seq_len
-        full_starts = _full_rows(ends - lengths, lengths // seq_len, seq_len)
-        held = np.flatnonzero(rest)
-        bins = _best_fit(rest[held], seq_len)
-        self._starts = np.concatenate([full_starts, (ends - rest)[held]])
-        self._lengths = np.concatenate([np.full(len(full_starts), seq_len), rest[held]])
-        rows = np.concatenate([np.arange(len(full_starts)), bins + len(full_starts)])
-        order = np.lexsort((self._starts, rows))
-        self._starts, self._lengths = self._starts[order], self._lengths[order]
-        self.num_rows = len(np.unique(rows))
-        self._bounds = np.searchsorted(rows[order], np.arange(self.num_rows + 1))
+        self._ends = store.document_ends()
+        self._seq_len = seq_len
+        lengths = np.diff(self._ends, prepend=0)
+        self._full_before = np.cumsum(lengths // seq_len)  # full rows up to each document
+        self._num_full = int(self._full_before[-1])
+        lengths %= seq_len
+        held = np.flatnonzero(lengths).astype(np.uint32)
+        rests = lengths[held].astype(np.min_scalar_type(seq_len))
+        del lengths
+        bins = _best_fit(rests, seq_len)
+        # Documents of bin 0, of bin 1, …, those of one bin in the stream's order.
+        order = np.argsort(bins, kind="stable")
+        self._documents = held[order]
+        self._rests = rests[order]
+        self._bounds = np.cumsum(np.bincount(bins, minlength=1), dtype=np.uint32)
+        self.num_rows = self._num_full + (len(self._bounds) if len(bins) else 0)
 
     def pieces(self, row: int) -> Sequence[Piece]:
         """See `Rows`."""
-        cut = slice(self._bounds[row], self._bounds[row + 1])
-        return list(zip(self._starts[cut].tolist(), self._lengths[cut].tolist(), strict=True))
-
-
-def _full_rows(starts: np.ndarray, counts: np.ndarray, seq_len: int) -> np.ndarray:
-    """First tokens of the full rows that long documents give."""
-    document = np.repeat(np.arange(len(starts)), counts)
-    nth = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return starts[document] + nth * seq_len
+        if row < self._num_full:
+            document = int(np.searchsorted(self._full_before, row, side="right"))
+            before = int(self._full_before[document - 1]) if document else 0
+            start = int(self._ends[document - 1]) if document else 0
+            return [(start + (row - before) * self._seq_len, self._seq_len)]
+        held = row - self._num_full
+        cut = slice(int(self._bounds[held - 1]) if held else 0, int(self._bounds[held]))
+        lengths = self._rests[cut].astype(np.int64)
+        starts = self._ends[self._documents[cut]] - lengths
+        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """The bin of each piece; bins hold `seq_len`, and are numbered from 0."""
-    bins = np.empty(len(lengths), np.int64)
-    by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    rooms = 0  # bit r is set where a bin has room for r tokens
-    count = 0
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            chosen = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, chosen = seq_len, count
-            count += 1
-        bins[index] = chosen
-        if room > length:
-            by_room[room - length].append(chosen)
-            rooms |= 1 << (room - length)
+    """The bin of each piece; bins hold `seq_len`, and are numbered from 0; uint32.
+
+    Pieces of one length are placed together. A bin that takes one is then the one with the
+    least room, so it takes as many as it holds before the next bin has its turn: a few
+    array operations for each length and room, however many pieces there are.
+    """
+    bins = np.empty(len(lengths), np.uint32)
+    if not len(lengths):
+        return bins
+    # Numbers of 16 bits are sorted by radix, in linear time.
+    order = np.argsort((seq_len - lengths).astype(lengths.dtype), kind="stable")
+    counts = np.bincount(lengths, minlength=seq_len + 1)
+    by_room: list[list[np.ndarray]] = [[] for _ in range(seq_len + 1)]
+    rooms = 0  # bit r is set where bins have room for r tokens
+    opened = done = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        wanted = order[done : done + counts[length]]
+        done += counts[length]
+        while len(wanted):
+            fitting = rooms >> length
+            room = length + (fitting & -fitting).bit_length() - 1 if fitting else seq_len
+            each = room // length
+            number = -(-len(wanted) // each)
+            if fitting:
+                chosen = _take(by_room[room], number)
+                rooms ^= 0 if by_room[room] else 1 << room
+            else:
+                chosen = np.arange(opened, opened + number, dtype=np.uint32)
+                opened += number
+            placed = min(len(wanted), each * len(chosen))
+            bins[wanted[:placed]] = np.repeat(chosen, each)[:placed]
+            wanted = wanted[placed:]
+            last = placed - each * (len(chosen) - 1)  # pieces that the last bin took
+            for some, taken in ((chosen[:-1], each), (chosen[-1:], last)):
+                left = room - taken * length
+                if left and len(some):
+                    by_room[left].append(some)
+                    rooms |= 1 << left
     return bins
+
+
+def _take(stack: list[np.ndarray], number: int) -> np.ndarray:
+    """Removes `number` bins from a stack of arrays of them, or all where there are fewer."""
+    taken = []
+    while stack and number:
+        some = stack.pop()
+        if len(some) > number:
+            stack.append(some[number:])
+            some = some[:number]
+        taken.append(some)
+        number -= len(some)
+    return np.concatenate(taken)
 
 
 def make_rows(store: TokenStore, packing: str, seq_len: int) -> Rows:

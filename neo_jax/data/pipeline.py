@@ -81,7 +81,7 @@ def build(
     per_host = config.batch_size // process_count
     batches = Batches(
         parts=tuple(parts),
-        mixture=_mixture(config),
+        mixture=_mixture(config, _first_changes(config)),
         seed=seed,
         shuffle=config.shuffle and split == "train",
         endless=split == "train",
@@ -189,6 +189,7 @@ class Pipeline:
     """An iterator over batches that knows its position.
 
     Attributes:
+      step: batches drawn since the start of training.
       num_sequences: rows of one epoch, over all sources.
       num_tokens: targets of one epoch, the eos of every document included.
       num_documents: documents of one epoch.
@@ -199,10 +200,10 @@ class Pipeline:
         self, batches: Batches, config: DataConfig, spec: dict[str, Any], position: int
     ) -> None:
         self._batches = batches
-        self._num_workers = config.num_workers
-        self._allow_spec_change = config.allow_spec_change
+        self._config = config
         self._spec = spec
         self._position = position
+        self.step = position // config.batch_size
         self._jumps: list[dict[str, Any]] = []
         self._running: list[grain.DatasetIterator] = []  # one, or none before the first batch
         # At exit grain's own clean-up would come after the modules it needs are gone.
@@ -220,9 +221,12 @@ class Pipeline:
         if not self._running:
             self._running.append(self._start())
         batch = next(self._running[0])
-        if self._num_workers:  # out of the workers' shared memory, which grain takes back
+        if (
+            self._config.num_workers
+        ):  # out of the workers' shared memory, which grain takes back
             batch = {key: np.array(array) for key, array in batch.items()}
         self._position += self._batches.batch_size
+        self.step += 1
         return batch
 
     def close(self) -> None:
@@ -235,11 +239,17 @@ class Pipeline:
         return self._position
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON: seed, position, jumps, spec."""
+        """What `restore` needs, as JSON: seed, position, step, jumps, spec.
+
+        Also where the mixture changed so far, which step alone does not tell: the batch
+        size may have been another one then.
+        """
         return {
             "seed": self._batches.seed,
             "position": self._position,
+            "step": self.step,
             "jumps": list(self._jumps),
+            "changed_at": self._changed_at(),
             "spec": self._spec,
         }
 
@@ -257,7 +267,7 @@ class Pipeline:
             for key in sorted(was.keys() | now.keys())
             if was.get(key) != now.get(key)
         ]
-        if changes and not self._allow_spec_change:
+        if changes and not self._config.allow_spec_change:
             raise ConfigError(
                 f"the data changed since the checkpoint: {'; '.join(changes)}; undo it, or "
                 f"set data.allow_spec_change=True to go on with the new data."
@@ -265,6 +275,8 @@ class Pipeline:
         self.close()
         self._jumps = list(state["jumps"])
         self._position = int(state["position"])
+        self.step = int(state.get("step", self._position // self._config.batch_size))
+        self._place_changes([] if changes else state.get("changed_at", []))
         if changes:
             _LOG.warning("data changed at sequence %d: %s", self._position, "; ".join(changes))
             self._jump(self._position, "changed: " + "; ".join(changes))
@@ -278,7 +290,9 @@ class Pipeline:
         if sequences < 0:
             raise ValueError(f"skip({sequences}): the number must not be negative.")
         self.close()
+        changed_at = self._changed_at()
         self._jump(self._position + sequences, reason)
+        self._place_changes(changed_at)
 
     def jumps(self) -> list[dict[str, Any]]:
         """Where the stream did not go on from the next sequence: `from`, `to`, `reason`."""
@@ -287,6 +301,23 @@ class Pipeline:
     def _jump(self, to: int, reason: str) -> None:
         self._jumps.append({"from": self._position, "to": to, "reason": reason})
         self._position = to
+
+    def _changed_at(self) -> list[int]:
+        """Positions at which the mixture's weights changed so far."""
+        return [at for at in self._batches.mixture.changes if at <= self._position]
+
+    def _place_changes(self, changed_at: Sequence[int]) -> None:
+        """Puts changes that are counted in steps where these will be, from here on."""
+        steps = self._config.mixture_changes
+        if self._config.mixture_changes_in == "sequences" or not steps:
+            return
+        past = [at for at in changed_at if at <= self._position]
+        future = [
+            max(self._position + (step - self.step) * self._config.batch_size, 0)
+            for step in steps[len(past) :]
+        ]
+        mixture = _mixture(self._config, [*past, *future])
+        self._batches = dataclasses.replace(self._batches, mixture=mixture)
 
     def epochs(self) -> dict[str, float]:
         """For each source, how many times its text was seen so far."""
@@ -309,12 +340,12 @@ class Pipeline:
         stream = dataset.to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         )
-        if self._num_workers:
+        if self._config.num_workers:
             if not flags.FLAGS.is_parsed():  # grain's workers read flags, also in a notebook
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(
-                    num_workers=self._num_workers, per_worker_buffer_size=2
+                    num_workers=self._config.num_workers, per_worker_buffer_size=2
                 )
             )
         return iter(stream)
@@ -328,12 +359,18 @@ def _stop(running: list[grain.DatasetIterator]) -> None:
 # ------------------------------------------------------------------------------- in detail
 
 
-def _mixture(config: DataConfig) -> Mixture:
+def _mixture(config: DataConfig, changes: Sequence[int]) -> Mixture:
     if not config.mixture:
         return Mixture([[1.0]], ())
     columns = zip(*(entry[1:] for entry in config.mixture), strict=True)
     weights = [[float(weight) for weight in column] for column in columns]
-    return Mixture(weights, config.mixture_changes)
+    return Mixture(weights, changes)
+
+
+def _first_changes(config: DataConfig) -> list[int]:
+    """Positions at which the mixture changes, if the batch size never does."""
+    unit = config.batch_size if config.mixture_changes_in == "steps" else 1
+    return [change * unit for change in config.mixture_changes]
 
 
 def _require_text(name: str, stream: TokenStore, config: DataConfig, split: Split) -> None:
@@ -359,7 +396,10 @@ def _spec(
     return {
         "data": [part.store.fingerprint[:16] for part in parts],  # a folder may move
         "weights": [list(entry[1:]) for entry in config.mixture],
-        "mixture_changes": list(config.mixture_changes),
+        "mixture_changes": [
+            f"step {change}" if config.mixture_changes_in == "steps" else change
+            for change in config.mixture_changes
+        ],
         "tokenizer": tokenizer.fingerprint[:16],
         "seq_len": config.seq_len,
         "packing": config.packing,

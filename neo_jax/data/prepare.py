@@ -388,6 +388,9 @@ def _write_part(
             break
     last = size < job.shard_bytes
     arrays = {split: np.asarray(w.lengths, np.uint32) for split, w in writers.items()}
+    for split, writer in writers.items():
+        _, codes = np.unique(writer.groups, return_inverse=True)
+        arrays[f"{split}_groups"] = codes.astype(np.uint16)
     _write_arrays(job.folder, label, digests=np.asarray(digests, np.uint64), **arrays)
     shards = {split: writer.finish() for split, writer in writers.items()}
     notes = {"consumed": consumed, "last": last, "shards": shards, **tally.content()}
@@ -410,22 +413,14 @@ def _finish(
     folder: pathlib.Path, settings: dict[str, Any], tokenizer: tokenizers.Tokenizer
 ) -> dict[str, Any]:
     """Makes the manifest out of the notes, and removes them."""
-    notes = [
-        (path, json.loads(path.read_text())) for path in sorted(folder.glob("part-*.json"))
-    ]
+    paths = sorted(folder.glob("part-*.json"))
+    notes = [json.loads(path.read_text()) for path in paths]
+    arrays = [_read_arrays(path.with_suffix(".npz")) for path in paths]
     tally = accounting.Tally()
-    for _, note in notes:
+    for note in notes:
         tally.merge(note)
-    arrays = [np.load(path.with_suffix(".npz")) for path, _ in notes]
-    splits = {}
-    for split in _SPLITS:
-        shards = [note["shards"][split] for _, note in notes if split in note["shards"]]
-        if not shards:
-            continue
-        totals = {key: sum(s[key] for s in shards) for key in ("documents", "tokens", "bytes")}
-        splits[split] = {**totals, "shards": shards}
-        lengths = np.concatenate([a[split] for a in arrays if split in a])
-        _write_ends(folder / f"{split}.ends.npy", lengths)
+    found = {split: _finish_split(folder, split, notes, arrays) for split in _SPLITS}
+    splits = {split: part for split, part in found.items() if part is not None}
     report = accounting.report(tally.content(), np.concatenate([a["digests"] for a in arrays]))
     if "train" not in splits:
         _remove_all(folder)
@@ -450,11 +445,54 @@ def _finish(
     return manifest
 
 
-def _write_ends(path: pathlib.Path, lengths: np.ndarray) -> None:
+def _finish_split(
+    folder: pathlib.Path,
+    split: str,
+    notes: Sequence[dict[str, Any]],
+    arrays: Sequence[dict[str, np.ndarray]],
+) -> dict[str, Any] | None:
+    """Writes a split's index; returns its part of the manifest, None where it is empty."""
+    pairs = [(n["shards"][split], a) for n, a in zip(notes, arrays, strict=True) if split in a]
+    if not pairs:
+        return None
+    shards = [shard for shard, _ in pairs]
+    lengths = np.concatenate([a[split] for _, a in pairs])
+    ends = np.cumsum(lengths, dtype=np.int64)
+    index = [_write_index(folder / f"{split}.ends.npy", ends)]
+    names = sorted({name for shard in shards for name in shard["groups"]})
+    if len(names) > 1:
+        # A part numbers the groups that it met; here they get the split's own numbers.
+        groups = [
+            np.searchsorted(names, sorted(shard["groups"]))[a[f"{split}_groups"]]
+            for shard, a in pairs
+        ]
+        codes = np.concatenate(groups).astype(np.uint16)
+        index.append(_write_index(folder / f"{split}.groups.npy", codes))
+    totals = {key: sum(s[key] for s in shards) for key in ("documents", "tokens", "bytes")}
+    return {**totals, "shards": shards, "index": index}
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:  # closed again: a large corpus has thousands of parts
+        return dict(file)
+
+
+def _write_index(path: pathlib.Path, numbers: np.ndarray) -> dict[str, Any]:
+    """Writes one number for each document; returns the file's line of the manifest."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(aside, "wb") as file:
-        np.save(file, np.cumsum(lengths, dtype=np.int64))
+        np.save(file, numbers)
     aside.replace(path)
+    return {
+        "file": path.name,
+        "file_bytes": path.stat().st_size,
+        "sha256": _sha256(path),
+    }
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_notes(folder: pathlib.Path) -> None:
@@ -485,10 +523,8 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = pathlib.Path(folder)
     manifest = store.read_manifest(path)
     for part in manifest["splits"].values():
-        store.require_files(path, part["shards"])
-        for shard in part["shards"]:
-            with open(path / shard["file"], "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != shard["sha256"]:
-                raise ConfigError(f"{path / shard['file']} is damaged: its checksum differs.")
+        store.require_files(str(path), part)
+        for entry in store.files_of(part):
+            if _sha256(path / entry["file"]) != entry["sha256"]:
+                raise ConfigError(f"{path / entry['file']} is damaged: its checksum differs.")
     return manifest

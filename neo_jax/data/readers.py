@@ -6,18 +6,21 @@ Enters: a path, local or remote, and perhaps a range of it. Leaves: `Row`s and
 Formats go by their suffix: `.txt` and `.raw`, `.jsonl` and `.json`, each also with
 `.gz`, `.zst`, `.bz2` or `.xz` behind it; `.parquet`; `.arrow`; and ArrayRecord, whose
 records are UTF-8 text or JSON objects. Paths that fsspec knows, such as `gs://bucket/…`,
-are read in place, and ArrayRecord files from a local copy that fsspec keeps.
+are read in place, and ArrayRecord files from a local copy in ~/.cache/neo_jax.
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import dataclasses
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import lzma
+import os
 import pathlib
 import re
 import zlib
@@ -40,6 +43,8 @@ KNOWN_FORMATS = (
 )
 _CHUNK_BYTES = 1 << 20
 _ROWS_AT_A_TIME = 256
+# What file systems call the version of a file.
+_VERSION_KEYS = ("generation", "etag", "ETag", "mtime", "LastModified", "created")
 
 RowOrError: TypeAlias = Row | Unreadable
 
@@ -92,14 +97,18 @@ def rows(span: Span, txt_documents: str) -> Iterator[RowOrError]:
             yield from _array_record_rows(span)
         else:
             raise ConfigError(f"{span.path}: {KNOWN_FORMATS}.")
-    except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"{span.path}: {error.strerror or error}.") from None
+    except OSError as error:
+        raise _unreachable(span.path, error) from None
     except _Broken as error:
         yield Unreadable(span.path, str(error))
 
 
 def count(span: Span, txt_documents: str) -> int:
-    """How many items `rows` gives for a piece of a file, without building them."""
+    """How many items `rows` gives for a piece of a file, without building them.
+
+    Raises:
+      ConfigError: no permission, or the file is gone.
+    """
     form = file_format(span.path)
     try:
         if form == "text" and txt_documents == "file":
@@ -113,6 +122,8 @@ def count(span: Span, txt_documents: str) -> int:
         if form == "array_record":
             total = _open_array_record(span.path).num_records()
             return len(range(total)[span.start : span.stop])
+    except OSError as error:
+        raise _unreachable(span.path, error) from None
     except _Broken:
         pass
     return sum(1 for _ in rows(span, txt_documents))
@@ -166,10 +177,59 @@ def split(path: str, size: int, unit_bytes: int) -> list[Span]:
 
 
 def local_copy(path: str) -> str:
-    """A path that libraries without remote files can open; remote ones are copied once."""
-    if "://" not in path or path.startswith("file://"):
+    """A path that libraries without remote files can open; remote ones are copied once.
+
+    Copies stay in the user's cache, one of each version of a file.
+    """
+    if not is_remote(path):
         return path.removeprefix("file://")
-    return str(fsspec.open_local(f"simplecache::{path}"))
+    with reaching(path):
+        system, place = fsspec.core.url_to_fs(path)
+        info = system.info(place)
+        version = next((str(info[key]) for key in _VERSION_KEYS if key in info), "")
+        key = hashlib.sha256(json.dumps([path, info["size"], version]).encode()).hexdigest()
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        target = root / "neo_jax" / key[:24] / place.rsplit("/", 1)[-1]
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            system.get_file(place, str(aside))
+            aside.replace(target)
+    return str(target)
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """The files of a directory by their names, and their sizes in bytes."""
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    with reaching(folder):
+        system, place = fsspec.core.url_to_fs(folder)
+        found = system.ls(place, detail=True)
+    return {f["name"].rsplit("/", 1)[-1]: f["size"] for f in found if f["type"] == "file"}
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path lies on a file system that other libraries cannot open."""
+    return "://" in path and not path.startswith("file://")
+
+
+@contextlib.contextmanager
+def reaching(path: str) -> Iterator[None]:
+    """Whatever the library of a remote file system raises, as an OSError of one line."""
+    try:
+        yield
+    except (OSError, ImportError, _Broken):
+        raise
+    except Exception as error:  # each library has its own, from credentials to transport
+        if not is_remote(path):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise OSError(f"{type(error).__name__}: {reason}") from error
+
+
+def _unreachable(path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: {error.strerror or error}.")
 
 
 class _Broken(ValueError):
@@ -187,9 +247,9 @@ def _split_compression(path: str) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------- bytes
 
 
-def _chunks(path: str, start: int = 0) -> Iterator[bytes]:
+def chunks(path: str, start: int = 0) -> Iterator[bytes]:
     """The decompressed bytes of a file, a megabyte or so at a time, from byte `start` on."""
-    with fsspec.open(path, "rb") as file:
+    with reaching(path), fsspec.open(path, "rb") as file:
         if path.endswith(".zst"):
             yield from _zstd_chunks(file)
             return
@@ -234,7 +294,7 @@ def _lines(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes
     place = max(start - 1, 0)  # of `rest`; one earlier, to see whether a line starts at start
     skip = start > 0
     rest = b""
-    for chunk in _chunks(path, place):
+    for chunk in chunks(path, place):
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             if stop is not None and place >= stop:
@@ -253,7 +313,7 @@ def _lines(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes
 
 def _text_rows(span: Span, txt_documents: str) -> Iterator[RowOrError]:
     if txt_documents == "file":
-        yield _decoded(span, 0, b"".join(_chunks(span.path)))
+        yield _decoded(span, 0, b"".join(chunks(span.path)))
         return
     block: list[bytes] = []
     first = 1
@@ -282,14 +342,14 @@ def _decoded(span: Span, index: int, data: bytes) -> RowOrError:
 def _is_json_array(path: str) -> bool:
     if not _split_compression(path)[0].endswith(".json"):
         return False
-    head = next(_chunks(path), b"")
+    head = next(chunks(path), b"")
     return head.lstrip()[:1] == b"["
 
 
 def _json_rows(span: Span) -> Iterator[RowOrError]:
     if _is_json_array(span.path):
         try:
-            values = json.loads(b"".join(_chunks(span.path)))
+            values = json.loads(b"".join(chunks(span.path)))
         except ValueError as error:
             raise _Broken(f"not valid JSON: {error}") from None
         for index, value in enumerate(values, start=1):

@@ -103,23 +103,47 @@ def open_source(name: str, config: DataConfig) -> Source:
     return FileSource(name, _find_files(name, name), config)
 
 
-def prepared_directory(name: str) -> pathlib.Path | None:
+def prepared_directory(name: str) -> str | None:
     """Where the tokens of a source lie that `prepare` wrote, or None.
 
-    `name` is that directory itself, or `pile:DIR` with the tokens in `DIR/tokens`.
+    `name` is that directory itself, local or remote, or `pile:DIR` with the tokens in
+    `DIR/tokens`, those of `?split=val` in `DIR/tokens-val`, for all subsets.
     """
     kind, location, options = _parse(name)
-    if kind == "pile" and not options:
-        folder = pathlib.Path(location).expanduser() / "tokens"
+    if kind == "pile":
+        name = f"{location}/{_pile_tokens(options)}"
     elif kind:
         return None
-    else:
-        folder = pathlib.Path(name).expanduser()
+    folder = expanded(name)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = json.loads(b"".join(readers.chunks(f"{folder}/{MANIFEST}")))
+    except (OSError, ImportError, ValueError):  # no tokens; whoever reads text says why
         return None
-    return folder if manifest.get("format") == MANIFEST_FORMAT else None
+    is_ours = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
+    return folder if is_ours else None
+
+
+def subsets(name: str) -> frozenset[str]:
+    """The parts of The Pile that a source's name asks for; empty: all there is."""
+    kind, _, options = _parse(name)
+    return _subsets(options) if kind == "pile" else frozenset()
+
+
+def _subsets(options: Mapping[str, str]) -> frozenset[str]:
+    return frozenset(filter(None, options.get("subsets", "").split(",")))
+
+
+def expanded(location: str) -> str:
+    """A location with `~` written out; URLs stay as they are."""
+    if "://" in location:
+        return location.removeprefix("file://").rstrip("/")
+    return str(pathlib.Path(location).expanduser())
+
+
+def _pile_tokens(options: Mapping[str, str]) -> str:
+    """The folder beside The Pile's files that holds the tokens of a split."""
+    split = options.get("split", "train")
+    return "tokens" if split == "train" else f"tokens-{split}"
 
 
 def preflight(config: DataConfig) -> None:
@@ -148,7 +172,11 @@ def require_small(source: Source, config: DataConfig) -> None:
 def prepare_command(name: str, config: DataConfig) -> str:
     """The command that tokenises a source once, for a person to copy."""
     kind, location, options = _parse(name)
-    output = f"{location}/tokens" if kind == "pile" and not options else "TOKENS_DIR"
+    output = f"{location}/{_pile_tokens(options)}" if kind == "pile" else "TOKENS_DIR"
+    if kind == "pile":  # all subsets at once; each can then be read by itself
+        name = f"pile:{location}" + (
+            f"?split={options['split']}" if "split" in options else ""
+        )
     words = f"--source '{name}' --tokenizer {config.tokenizer} --output {output}"
     if config.eval_source is not None:
         words += " --holdout_every 0"
@@ -259,20 +287,28 @@ def _find_files(name: str, location: str) -> dict[str, int]:
     Raises:
       ConfigError: nothing is there, or nothing of a known format.
     """
-    location = str(pathlib.Path(location).expanduser()) if "://" not in location else location
+    location = expanded(location)
     try:
-        system, path = fsspec.core.url_to_fs(location)
-        if system.isfile(path):
-            found, tried = [path], path
-        elif system.isdir(path):
-            found, tried = system.find(path), f"{path}/**"
-        else:
-            found, tried = [f for f in system.glob(path) if system.isfile(f)], path
-        usable = [f for f in found if _is_data(f)]
-        sizes = {f: int(system.size(f)) for f in sorted(usable)}
+        with readers.reaching(location):
+            system, path = fsspec.core.url_to_fs(location)
+            if system.isfile(path):
+                found, tried = [path], path
+            elif system.isdir(path):
+                found, tried = system.find(path), f"{path}/**"
+            else:
+                found, tried = [f for f in system.glob(path) if system.isfile(f)], path
+            usable = [f for f in found if _is_data(f)]
+            sizes = {f: int(system.size(f)) for f in sorted(usable)}
     except PermissionError as error:
         raise ConfigError(f"data source {name!r}: {error.strerror or error}.") from None
-    except (OSError, ImportError, ValueError) as error:
+    except ImportError:
+        scheme = location.split("://")[0]
+        package = {"gs": "'neo_jax[gcs]'", "gcs": "'neo_jax[gcs]'"}.get(scheme, "it")
+        raise ConfigError(
+            f"data source {name!r}: fsspec needs a package for {scheme}:// that is not "
+            f"installed; pip install {package}."
+        ) from None
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"data source {name!r} cannot be reached: {reason}") from None
     if not found:
@@ -302,11 +338,10 @@ def _open_pile(
 ) -> FileSource:
     """The Pile as its authors published it: 30 training files, val and test."""
     split = options.get("split", "train")
-    folder = str(pathlib.Path(location).expanduser()) if "://" not in location else location
+    folder = expanded(location)
     pattern = f"{folder}/train/*.jsonl*" if split == "train" else f"{folder}/{split}.jsonl*"
-    subsets = frozenset(filter(None, options.get("subsets", "").split(",")))
     try:
-        return FileSource(name, _find_files(name, pattern), config, subsets)
+        return FileSource(name, _find_files(name, pattern), config, _subsets(options))
     except ConfigError:
         if split != "train" or "://" in folder:
             raise

@@ -5,6 +5,7 @@ Enters: encoded documents. Leaves: a directory
     manifest.json         what it is: source, tokenizer, settings, accounting, checksums
     tokenizer.json        the tokenizer that made the ids
     train.ends.npy        int64 [documents]: the index after each document's eos
+    train.groups.npy      uint16 [documents]: the subset of each, where there are several
     train-*.array_record  the stream, in blocks of `BLOCK_TOKENS` tokens
     eval.*                the same for held-out text, if any was held out
 
@@ -19,16 +20,18 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from neo_jax.config import ConfigError
-from neo_jax.data import sources
+from neo_jax.data import readers, sources
 from neo_jax.data.tokens import EncodedDocument, Masks, token_dtype
 from neo_jax.tokenizer import Tokenizer
 
@@ -53,14 +56,16 @@ class ShardWriter:
         self._pending: list[EncodedDocument] = []
         self._masked = False
         self.lengths: list[int] = []  # tokens of each document
-        self.num_bytes = 0
+        self.groups: list[str] = []  # what each document is counted under
+        self._bytes: Counter[str] = Counter()  # of text, in each group
 
     def add(self, document: EncodedDocument) -> None:
         """Takes one document; a shard is held in memory until it is finished."""
         self._pending.append(document)
         self._masked |= document.trainable is not None
         self.lengths.append(len(document.ids))
-        self.num_bytes += document.num_bytes
+        self.groups.append(document.group)
+        self._bytes[document.group] += document.num_bytes
 
     def finish(self) -> dict[str, Any]:
         """Writes the file; returns its line of the manifest."""
@@ -83,7 +88,8 @@ class ShardWriter:
             "file": self._path.name,
             "tokens": len(ids),
             "documents": len(self.lengths),
-            "bytes": self.num_bytes,
+            "bytes": self._bytes.total(),
+            "groups": dict(sorted(self._bytes.items())),
             "masked": self._masked,
             "file_bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -91,9 +97,12 @@ class ShardWriter:
 
 
 class PreparedTokens:
-    """A split of a prepared directory, as a `TokenStore`."""
+    """A split of a prepared directory, local or remote, as a `TokenStore`."""
 
-    def __init__(self, folder: pathlib.Path, split: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], split: str, tokenizer: Tokenizer
+    ) -> None:
+        folder = os.fspath(folder)
         manifest = read_manifest(folder)
         theirs = manifest["tokenizer_fingerprint"]
         if theirs != tokenizer.fingerprint:
@@ -111,7 +120,10 @@ class PreparedTokens:
         self._folder = folder
         self._split = split
         self._shards: list[dict[str, Any]] = part["shards"]
-        require_files(folder, self._shards)
+        require_files(folder, part)
+        self.group_bytes: Counter[str] = Counter()  # UTF-8 bytes of text in each subset
+        for shard in self._shards:
+            self.group_bytes.update(shard.get("groups", {}))
         self.eos_id = tokenizer.eos_id
         self.num_tokens = part["tokens"]
         self.num_documents = part["documents"]
@@ -136,12 +148,22 @@ class PreparedTokens:
     def _open(self, shard: int) -> Any:
         from array_record.python import array_record_module
 
-        path = self._folder / self._shards[shard]["file"]
-        return array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
+        path = readers.local_copy(f"{self._folder}/{self._shards[shard]['file']}")
+        return array_record_module.ArrayRecordReader(path, _READER_OPTIONS)
 
     def document_ends(self) -> np.ndarray:
         """See `TokenStore`; read from the disk as it is used."""
-        return np.load(self._folder / f"{self._split}.ends.npy", mmap_mode="r")
+        return self._index("ends")
+
+    def document_groups(self) -> np.ndarray:
+        """For each document the place of its subset among the sorted `group_bytes`."""
+        if len(self.group_bytes) < 2:
+            return np.zeros(self.num_documents, np.uint16)
+        return self._index("groups")
+
+    def _index(self, kind: str) -> np.ndarray:
+        path = readers.local_copy(f"{self._folder}/{self._split}.{kind}.npy")
+        return np.load(path, mmap_mode="r")
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], Masks]:
         """See `TokenStore`."""
@@ -203,32 +225,92 @@ class PreparedTokens:
         return _joined(ids), _joined(masks) if masked else np.ones(last - first, bool)
 
 
+class Selection:
+    """The documents of some subsets of a prepared split, as a `TokenStore`."""
+
+    def __init__(self, whole: PreparedTokens, subsets: Set[str]) -> None:
+        names = sorted(whole.group_bytes)
+        if missing := sorted(subsets - set(names)):
+            raise ConfigError(
+                f"the prepared tokens hold no subset {missing[0]!r}; there are "
+                f"{', '.join(names)}."
+            )
+        codes = [code for code, name in enumerate(names) if name in subsets]
+        documents = np.flatnonzero(np.isin(whole.document_groups(), codes))
+        lengths = np.diff(whole.document_ends(), prepend=0)[documents]
+        self._whole = whole
+        self._starts = whole.document_ends()[documents] - lengths  # in the whole stream
+        self._ends = np.cumsum(lengths)  # in this one
+        self.eos_id = whole.eos_id
+        self.num_tokens = int(lengths.sum())
+        self.num_documents = len(documents)
+        self.num_bytes = sum(whole.group_bytes[name] for name in subsets)
+        content = json.dumps([whole.fingerprint, sorted(subsets)])
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def document_ends(self) -> np.ndarray:
+        """See `TokenStore`."""
+        return self._ends
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], Masks]:
+        """See `TokenStore`."""
+        cuts = [self._cut(start, stop) for start, stop in ranges]
+        ids, masks = self._whole.read([piece for pieces in cuts for piece in pieces])
+        bounds = np.cumsum([0, *map(len, cuts)]).tolist()
+        places = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+        joined = [_joined(ids[place]) for place in places]
+        return joined, None if masks is None else [_joined(masks[place]) for place in places]
+
+    def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """A range of this stream as ranges of the whole one."""
+        pieces = [(-1, 0)] if start < 0 else []
+        start = max(start, 0)
+        document = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[document])
+            # From a place in this stream to the same token's place in the whole one.
+            shift = int(self._starts[document]) - (
+                int(self._ends[document - 1]) if document else 0
+            )
+            pieces.append((start + shift, min(stop, end) + shift))
+            start, document = end, document + 1
+        return pieces
+
+
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a prepared directory.
 
     Raises:
       ConfigError: there is none, or it is damaged.
     """
+    path = f"{os.fspath(folder)}/{sources.MANIFEST}"
     try:
-        return json.loads((folder / sources.MANIFEST).read_text())
+        return json.loads(b"".join(readers.chunks(path)))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / sources.MANIFEST} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def require_files(folder: pathlib.Path, shards: Sequence[dict[str, Any]]) -> None:
-    """Raises a ConfigError where a shard is missing or of another size."""
-    for shard in shards:
-        path = folder / shard["file"]
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}; prepare the source again.") from None
-        if size != shard["file_bytes"]:
+def files_of(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files of one split of a manifest: each with its name, size and checksum."""
+    return [*part["shards"], *part.get("index", [])]
+
+
+def require_files(folder: str, part: dict[str, Any]) -> None:
+    """Raises a ConfigError where a file of a split is missing or of another size."""
+    try:
+        sizes = readers.sizes(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror or error}.") from None
+    for entry in files_of(part):
+        path, size = f"{folder}/{entry['file']}", sizes.get(entry["file"])
+        if size is None:
+            raise ConfigError(f"{path} is missing; prepare the source again.")
+        if size != entry["file_bytes"]:
             raise ConfigError(
-                f"{path} holds {size} bytes, its manifest says {shard['file_bytes']}; "
+                f"{path} holds {size} bytes, its manifest says {entry['file_bytes']}; "
                 f"prepare the source again."
             )
