@@ -45,7 +45,8 @@ def main() -> None:
             command = [*line, "--output", str(again)]
             moments, left = [], []
             for _ in range(arguments.kills):
-                moments.append(round(float(rng.uniform(0.0, seconds)), 2))
+                # Soon enough that several kills meet one preparation.
+                moments.append(round(float(rng.uniform(0.0, seconds / 2)), 2))
                 if not killed(command, moments[-1]):
                     break
                 left.append(len(list(again.iterdir())) if again.is_dir() else 0)

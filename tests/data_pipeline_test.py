@@ -355,15 +355,29 @@ def test_a_trained_tokenizer_has_not_seen_held_out_text(tmp_path):
 # ---------------------------------------------------------------------------- what changed
 
 
-def test_a_changed_spec_is_refused_by_name(config, gpt2):
-    state = pipeline.build(config, gpt2, seed=3, split="train").state()
-    for change in ({"seq_len": 16}, {"packing": "none"}, {"shuffle": False}):
-        other = dataclasses.replace(config, **change)
-        with pytest.raises(ConfigError, match=f"{next(iter(change))} .* → ") as error:
+def test_a_changed_spec_is_refused_by_name(mixed, gpt2):
+    state = pipeline.build(mixed, gpt2, seed=3, split="train").state()
+    (x, *_), (y, *_) = mixed.mixture
+    changes = {  # for each part of the spec something that changes it
+        "data": {"mixture": ((y, 3.0, 0.0), (x, 1.0, 1.0))},
+        "weights": {"mixture": ((x, 2.0, 0.0), (y, 1.0, 1.0))},
+        "mixture_changes": {"mixture_changes_in": "steps"},
+        "seq_len": {"seq_len": 16},
+        "packing": {"packing": "none"},
+        "isolate_documents": {"isolate_documents": False},
+        "shuffle": {"shuffle": False},
+    }
+    assert {*changes, "tokenizer"} == state["spec"].keys()
+    for key, change in changes.items():
+        other = dataclasses.replace(mixed, **change)
+        with pytest.raises(ConfigError, match=f"[:;] {key} .* → ") as error:
             pipeline.build(other, gpt2, seed=3, split="train").restore(state)
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="seed 3 → 4"):
-        pipeline.build(config, gpt2, seed=4, split="train").restore(state)
+        pipeline.build(mixed, gpt2, seed=4, split="train").restore(state)
+    words = tokenizers.train_bpe(["some text"], 300)
+    with pytest.raises(ConfigError, match=r"; tokenizer .* → "):
+        pipeline.build(mixed, words, seed=3, split="train").restore(state)
 
 
 def test_changed_text_is_refused(config, gpt2, tmp_path):

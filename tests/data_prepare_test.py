@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -27,19 +28,33 @@ def gpt2() -> tokenizers.Tokenizer:
     return tokenizers.load("gpt2")
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, gpt2):
+    """Opens GPT-2's tokenizer once, and cuts small corpora into units like large ones."""
+    load = tokenizers.load
+    monkeypatch.setattr(
+        tokenizers, "load", lambda name: gpt2 if name == "gpt2" else load(name)
+    )
+    monkeypatch.setattr(sources, "_MIN_UNIT_BYTES", 100_000)
+
+
 @pytest.fixture(scope="module")
 def corpus_folder(tmp_path_factory):
-    """Some 2 MB in three files, with an empty text and a duplicate."""
+    """Some 400 KB in three files, with an empty text and a duplicate."""
     folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, most_words=80)
+    return folder
+
+
+def write_corpus(folder, most_words):
     rng = np.random.default_rng(0)
     for name, count in (("a.jsonl", 900), ("b.jsonl", 100), ("c.jsonl", 300)):
         with open(folder / name, "w") as file:
             for i in range(count):
-                words = rng.integers(0, 10**6, int(rng.integers(1, 500)))
+                words = rng.integers(0, 10**6, int(rng.integers(1, most_words)))
                 file.write(json.dumps({"text": f"{name} {i} {words.tolist()}"}) + "\n")
             file.write(json.dumps({"text": ""}) + "\n")
             file.write(json.dumps({"text": "the same text in each file"}) + "\n")
-    return folder
 
 
 @pytest.fixture
@@ -47,7 +62,7 @@ def config(corpus_folder):
     return DataConfig(source=str(corpus_folder), seq_len=64, batch_size=8)
 
 
-def run(config, output, num_processes=1, shard_bytes=200_000):
+def run(config, output, num_processes=1, shard_bytes=40_000):
     return preparing.prepare(
         config,
         output,
@@ -105,7 +120,7 @@ def test_prepared_tokens_are_read_from_another_filesystem(config, gpt2, tmp_path
 
 
 def test_masks_are_stored_with_their_tokens(gpt2, tmp_path):
-    rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(5000)]
+    rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(1000)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = DataConfig(
         source=str(tmp_path / "a.jsonl"),
@@ -114,7 +129,7 @@ def test_masks_are_stored_with_their_tokens(gpt2, tmp_path):
         seq_len=32,
         batch_size=8,
     )
-    run(config, tmp_path / "out", shard_bytes=20_000)
+    run(config, tmp_path / "out", shard_bytes=4_000)
     prepared = dataclasses.replace(config, source=str(tmp_path / "out"))
     direct, read = stream(config, gpt2, "train"), stream(prepared, gpt2, "train")
     for key in direct:
@@ -150,8 +165,8 @@ def test_processes_and_shards_do_not_change_the_stream(config, gpt2, tmp_path):
     np.testing.assert_array_equal(streams[0]["targets"], streams[1]["targets"])
 
 
-def test_large_vocabularies_take_four_bytes(config, tmp_path):
-    backend = tokenizers.load("gpt2")._backend
+def test_large_vocabularies_take_four_bytes(config, gpt2, tmp_path):
+    backend = pickle.loads(pickle.dumps(gpt2))._backend
     backend.add_tokens([f"<extra {i}>" for i in range(70000 - 50257)])
     tokenizers.Tokenizer(backend).save(tmp_path / "wide")
     wide = dataclasses.replace(config, tokenizer=str(tmp_path / "wide"))
@@ -227,7 +242,7 @@ def test_the_pile_is_counted_by_its_subsets(pile):
 def test_subsets_of_prepared_tokens_are_those_of_the_text(pile, gpt2, split, subsets, packing):
     config = DataConfig(
         source=f"pile:{pile}?subsets={subsets}",
-        holdout_every=4,
+        holdout_every=3,
         holdout_offset=1,
         seq_len=32,
         batch_size=1,
@@ -287,8 +302,10 @@ def test_interrupted_at_any_file_it_ends_the_same(config, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_the_same(corpus_folder, tmp_path):
-    line = [sys.executable, "-m", "neo_jax.prepare", "--source", str(corpus_folder)]
+def test_killed_at_random_moments_it_ends_the_same(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_corpus(tmp_path / "in", most_words=800)
+    line = [sys.executable, "-m", "neo_jax.prepare", "--source", str(tmp_path / "in")]
     line += ["--num_processes", "2", "--shard_mib", "1", "--output"]
     subprocess.run([*line, str(tmp_path / "whole")], check=True, capture_output=True)
     rng = np.random.default_rng(0)
@@ -335,6 +352,15 @@ def test_another_data_set_is_not_written_over(config, tmp_path):
 def test_a_folder_of_other_files_is_not_written_into(config, tmp_path):
     (tmp_path / "diary.md").write_text("dear diary")
     assert "holds other files, 'diary.md' first" in refusal(config, tmp_path)
+
+
+def test_a_run_that_wrote_nothing_does_not_hold_its_folder(config, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\nnonsense\n')
+    bad = dataclasses.replace(config, source=str(tmp_path / "in.jsonl"))
+    refusal(bad, tmp_path / "out")
+    run(config, tmp_path / "out")
+    run(config, tmp_path / "fresh")
+    assert digest(tmp_path / "out") == digest(tmp_path / "fresh")
 
 
 def test_an_empty_result_is_refused_and_leaves_nothing(config, tmp_path):

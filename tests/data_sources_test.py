@@ -194,7 +194,7 @@ def test_a_bucket_is_read_like_a_folder(tmp_path, monkeypatch):
         assert texts("gs://corpus/texts/*.zst") == TEXTS
         assert texts("gs://corpus/c.array_record") == TEXTS
         assert "found no file" in problem("gs://corpus/nothing")
-        assert "403" in problem("gs://corpus/forbidden/a.jsonl")
+        assert "cannot be reached: Forbidden" in problem("gs://corpus/forbidden/a.jsonl")
 
 
 def test_hugging_face_data_sets(tmp_path):

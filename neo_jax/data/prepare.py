@@ -81,6 +81,7 @@ def prepare(
         raise ConfigError(f"--output {os.fspath(output)} must be a local directory; copy it.")
     source = sources.open_source(config.source, config)
     with _locked(folder):
+        _remove_false_start(folder)
         tokenizer = _tokenizer(config, folder)
         settings = _settings(source, config, tokenizer, shard_bytes)
         if (done := _finished(folder, settings)) is not None:
@@ -112,6 +113,13 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
             yield
         finally:
             (folder / _LOCK).unlink(missing_ok=True)
+
+
+def _remove_false_start(folder: pathlib.Path) -> None:
+    """Empties the folder of a run that ended before its first shard was complete."""
+    done = (folder / sources.MANIFEST).exists() or any(folder.glob("part-*.json"))
+    if (folder / _PLAN).exists() and not done:
+        _remove_all(folder)
 
 
 def _tokenizer(config: DataConfig, folder: pathlib.Path) -> tokenizers.Tokenizer:

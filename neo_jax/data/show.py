@@ -89,9 +89,11 @@ def write_histograms(
       tokens: for each source, or each part of one, its tokens.
       seq_len: tokens of a sequence, drawn beside the lengths.
     """
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    # Room for each source's bar, so that The Pile's 22 fit and one alone does not fill it.
+    figure = Figure(figsize=(11, max(4.5, 0.28 * len(tokens))), layout="constrained")
     left, right = figure.subplots(1, 2)
     longest = max(int(values.max(initial=1)) for values in lengths.values())
     edges = np.geomspace(1, longest + 1, 50)
@@ -102,7 +104,9 @@ def write_histograms(
     left.legend(fontsize="small")
     names = sorted(tokens, key=lambda name: tokens[name])
     right.barh([_short(name) for name in names], [tokens[name] for name in names])
-    right.set(xlabel="tokens")
+    right.set(xlabel="tokens", ylim=(-1, max(len(names), 4)))
+    right.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    right.xaxis.set_major_formatter(ticker.EngFormatter())
     target = pathlib.Path(path)
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     figure.savefig(aside, format="png", dpi=120)
