@@ -1,9 +1,10 @@
 """`prepare` killed at random moments: `python benchmarks/data_kill.py --source sotu`.
 
 Prepares a source once in peace. Then, in another folder, starts the same command again and
-again and ends it, with every process it started, by SIGKILL after a random time, until a run
-comes to its end. Compares the checksums of all files of both folders. Prints one JSON line a
-round; ends with an error where a file differs.
+again and ends it, with every process it started, by SIGKILL: each time up to half a second
+after a random number of shards was complete, so that the moments spread over the whole work
+however fast the machine is. A last run goes to the end, and the checksums of all files of both
+folders are compared. Prints one JSON line a round; ends with an error where a file differs.
 """
 
 from __future__ import annotations
@@ -36,45 +37,33 @@ def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         whole = pathlib.Path(folder) / "whole"
-        start = time.perf_counter()
         subprocess.run([*line, "--output", str(whole)], check=True, capture_output=True)
-        seconds = time.perf_counter() - start
         expected = checksums(whole)
+        shards = len(list(whole.glob("train-*")))
         for number in range(arguments.rounds):
             again = pathlib.Path(folder) / f"again-{number}"
             command = [*line, "--output", str(again)]
-            moments, left = [], []
-            for _ in range(arguments.kills):
-                # Soon enough that several kills meet one preparation.
-                moments.append(round(float(rng.uniform(0.0, seconds / 2)), 2))
-                if not killed(command, moments[-1]):
-                    break
-                left.append(len(list(again.iterdir())) if again.is_dir() else 0)
+            kills = []
+            for wanted in sorted(rng.integers(0, shards, arguments.kills).tolist()):
+                if killed(command, again, wanted, float(rng.uniform(0, 0.5))):
+                    kills.append(len(list(again.glob("part-*.json"))))
             subprocess.run(command, check=True, capture_output=True)
             found = checksums(again)
             assert found == expected, sorted(set(found.items()) ^ set(expected.items()))
-            print(
-                json.dumps(
-                    {
-                        "seconds_in_peace": round(seconds, 1),
-                        "killed_after_seconds": moments[: len(left)],
-                        "files_left_behind": left,
-                        "files": len(found),
-                        "identical": True,
-                    }
-                ),
-                flush=True,
-            )
+            report = {"killed_with_shards_done": kills, "shards": shards}
+            print(json.dumps({**report, "files": len(found), "identical": True}), flush=True)
 
 
-def killed(command: list[str], seconds: float) -> bool:
-    """Whether the command was still running after that time, and was killed."""
+def killed(command: list[str], folder: pathlib.Path, shards: int, seconds: float) -> bool:
+    """Whether the command was killed, some time after so many shards were complete."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    while len(list(folder.glob("part-*.json"))) < shards and process.poll() is None:
+        time.sleep(0.005)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=seconds)
         return False
