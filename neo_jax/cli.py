@@ -16,6 +16,7 @@ VERBS = {
     "prepare": ("neo_jax.prepare", "tokenise a source once, into files that training reads"),
     "checkpoint": ("neo_jax.checkpoint", "list, describe, verify or thin out checkpoints"),
     "evaluate": ("neo_jax.evaluate", "score a model: perplexity, benchmarks, a report"),
+    "generate": ("neo_jax.generate", "continue prompts with a model"),
     "convert": ("neo_jax.convert", "turn weights from one format into another"),
     "doctor": ("neo_jax.doctor", "tell what this machine has, and what is wrong with it"),
 }

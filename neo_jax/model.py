@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,20 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+@runtime_checkable
+class Memory(Protocol):
+    """What one layer remembers of earlier tokens while text is written, one for each request.
+
+    generate/cache.py implements it.
+    """
+
+    def attend(self, query: Array, key: Array, value: Array) -> tuple[Array, Memory]:
+        """The queries' context, and the memory with these keys and values in it.
+
+        All are [batch, seq, heads, head_dim].
+        """
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention; only the output projection has a bias."""
 
@@ -156,10 +171,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, attention_type: str, segment_ids: Ids | None = None
     ) -> Hidden:
-        q_BTNH, k_BTNH, v_BTNH = (
-            constrain(project(x), "batch", "seq", "heads", None)
-            for project in (self.query, self.key, self.value)
-        )
+        q_BTNH, k_BTNH, v_BTNH = self._heads(x)
         context_BTNH = attention.attend(
             q_BTNH,
             k_BTNH,
@@ -169,6 +181,17 @@ class Attention(nnx.Module):
             path=self.path,
         )
         return self.out(context_BTNH)
+
+    def remembering(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
+        """Attends to what the memory holds, and to `x`, which it holds from then on."""
+        context_BTNH, memory = memory.attend(*self._heads(x))
+        return self.out(context_BTNH), memory
+
+    def _heads(self, x: Hidden) -> tuple[Array, ...]:
+        return tuple(
+            constrain(project(x), "batch", "seq", "heads", None)
+            for project in (self.query, self.key, self.value)
+        )
 
 
 class MLP(nnx.Module):
@@ -215,6 +238,12 @@ class Block(nnx.Module):
         x = constrain(x, "batch", "seq", None)
         x = x + self.attention(self.ln_1(x), attention_type, segment_ids)
         return x + self.mlp(self.ln_2(x))
+
+    def remembering(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
+        """The same layer where earlier tokens are in its memory instead of in `x`."""
+        attended, memory = self.attention.remembering(self.ln_1(x), memory)
+        x = constrain(x, "batch", "seq", None) + attended
+        return x + self.mlp(self.ln_2(x)), memory
 
 
 class Embedder(nnx.Module):

@@ -25,7 +25,7 @@ from neo_jax.checkpoint.restoring import agree, tell
 from neo_jax.config import Config, ConfigError
 from neo_jax.data import pipeline, sources
 from neo_jax.evaluate import in_loop, perplexity
-from neo_jax.generate import decode
+from neo_jax.generate import Generator, Options
 from neo_jax.metrics import Throughput, Writer, flops_per_token, peak_flops, read_metrics
 from neo_jax.state import Params, TrainState
 from neo_jax.train import Batch, NotFinite, RollBack
@@ -238,20 +238,23 @@ class Pretraining:
         )
 
     def sample(self, params: Params) -> str:
-        """`eval.sample_tokens` of text, the prompt before them."""
-        settings = self.config.eval
-        prompt = self.tokenizer.encode(settings.prompt)
-        written = decode.generate(
-            self.graph,
-            params,
-            [self.tokenizer.eos_id, *prompt],
-            max_new_tokens=settings.sample_tokens,
-            context=self.config.data.seq_len,
-            seed=self.config.train.seed,
+        """`eval.sample_tokens` of text, the prompt before them, within `data.seq_len`."""
+        settings, context = self.config.eval, self.config.data.seq_len
+        count = min(settings.sample_tokens, context - 1)
+        if count == 0:
+            return ""
+        prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt)]
+        prompt = prompt[-(context - count) :]
+        options = Options(
+            max_new_tokens=count,
             temperature=settings.temperature,
             top_k=settings.top_k,
+            eos_token_id=(),  # a document's end is shown, and does not end the sample
+            seed=self.config.train.seed,
         )
-        return self.tokenizer.decode(prompt + written) if written else ""
+        generator = Generator(self.config.model, self.graph, params, self.tokenizer)
+        (written,) = generator.write([prompt], options)
+        return self.tokenizer.decode(prompt[1:] + written.token_ids)
 
     @property
     def _eval_batch_size(self) -> int:

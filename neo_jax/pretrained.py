@@ -1,15 +1,18 @@
 """Any checkpoint as a model to ask: a workdir of ours, Hugging Face's, or the original's.
 
-Enters: a path or the id of a model on the hub. Leaves: a `LanguageModel`. What kind of
-checkpoint it is shows in its files, so that nobody has to say.
+Enters: a path or the id of a model on the hub. Leaves: a `LanguageModel`, which gives logits,
+continues texts, scores them and turns them into vectors. What kind of checkpoint it is shows
+in its files, so that nobody has to say.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +23,42 @@ from jaxtyping import Array, Float
 from neo_jax import checkpoint, hf, mtf, sharding, state, tokenizer
 from neo_jax import config as config_lib
 from neo_jax.config import ConfigError, MeshConfig, ModelConfig
+from neo_jax.generate import (
+    Generator,
+    Options,
+    Stream,
+    Written,
+    eos_id,
+    from_keywords,
+    power_of_two,
+    scoring,
+)
 from neo_jax.model import NeoLM
 from neo_jax.state import Params
 from neo_jax.tokenizer import Tokenizer
+
+_SCORED_AT_ONCE = 8  # texts that one pass reads
+_SHORTEST_SCORED = 64  # tokens that a pass reads at least
+
+# Texts, or their token ids; an array's rows may be filled up, as an attention mask tells.
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Sequence[int] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A text's tokens and the model's log-probability of each, in nats.
+
+    The first entry is None where nothing stood before the first token; `total` is the sum of
+    the others.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float | None]
+
+    @property
+    def total(self) -> float:
+        """Log p of the text."""
+        return float(sum(value for value in self.log_probs if value is not None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +70,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None
     graph: nnx.GraphDef[NeoLM]
     _logits: Callable[[Params, jax.Array], jax.Array]
+    _generators: dict[str, Generator] = dataclasses.field(default_factory=dict)
 
     def logits(self, ids: np.typing.ArrayLike) -> Float[Array, "batch seq vocab"]:
         """Scores of the token after each one, float32.
@@ -56,6 +93,178 @@ class LanguageModel:
                 f"0 … {self.config.vocab_size - 1}."
             )
         return self._logits(self.params, jax.numpy.asarray(ids, jax.numpy.int32))
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        attention_mask: np.typing.ArrayLike | None = None,
+        stream: Stream | None = None,
+        assistant_model: LanguageModel | None = None,
+        **options: Any,
+    ) -> list[Written]:
+        """Continues texts.
+
+        Args:
+          prompts: strings or lists of token ids, or one of either; an empty one starts from
+            the end-of-text token. An int array [batch, seq] may be padded on either side.
+          attention_mask: [batch, seq], 0 where an array of prompts is padding.
+          stream: called with a text's index and each new piece of it.
+          assistant_model: a smaller model of the same tokens, whose guesses (greedily,
+            `num_assistant_tokens` at a time) this one checks in one pass.
+          options: see `neo_jax.generate.Options`; names are transformers'.
+
+        Returns:
+          For each prompt `num_return_sequences` texts, each with `.text` (None without a
+          tokenizer) and `.token_ids`, new tokens only.
+
+        Raises:
+          ConfigError: an unknown option, a value out of range, or a prompt that does not fit.
+          NotFiniteError: the model's logits are not finite.
+        """
+        asked = from_keywords(options)
+        ids = self.token_ids(prompts, attention_mask)
+        assistant = None if assistant_model is None else assistant_model.generator(asked)
+        written = self.generator(asked).write(ids, asked, stream, assistant)
+        if not asked.echo or self.tokenizer is None:
+            return written
+        each = asked.num_return_sequences
+        before = [self.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in ids]
+        return [
+            dataclasses.replace(one, text=before[i // each] + (one.text or ""))
+            for i, one in enumerate(written)
+        ]
+
+    def generator(self, options: Options) -> Generator:
+        """The model made ready to write, once for each `weight_dtype`."""
+        kind = options.weight_dtype
+        if kind not in self._generators:
+            self._generators[kind] = Generator(
+                self.config, self.graph, self.params, self.tokenizer, weight_dtype=kind
+            )
+        return self._generators[kind]
+
+    def score(self, texts: Prompts, *, from_start: bool = False) -> list[Scored]:
+        """The model's log-probability of every token of each text.
+
+        Args:
+          texts: as `generate`'s prompts.
+          from_start: the end-of-text token stands before each text, as in training, so that
+            its first token is scored as well.
+
+        Raises:
+          ConfigError: a text longer than the model's positions, or an unknown token id.
+        """
+        ids = self.token_ids(texts, None)
+        before = [self._end_of_text()] if from_start else []
+        read = [before + one for one in ids]
+        log_probs = self._in_batches(read, lambda rows, _: self._token_log_probs(rows))
+        first: list[float | None] = [] if from_start else [None]
+        return [
+            Scored(one, (first + row[: len(all_) - 1].tolist())[: len(one)])
+            for one, all_, row in zip(ids, read, log_probs, strict=True)
+        ]
+
+    def embed(
+        self, texts: Prompts, *, pooling: str = "mean"
+    ) -> Float[np.ndarray, "batch embed"]:
+        """A vector for each text, from the final hidden states.
+
+        Args:
+          texts: as `generate`'s prompts, none empty.
+          pooling: "mean" over a text's tokens, or "last", the state of its last token.
+
+        Raises:
+          ConfigError: an empty or too long text, or another pooling.
+        """
+        if pooling not in ("mean", "last"):
+            raise ConfigError(f"pooling={pooling!r} must be 'mean' or 'last'.")
+        ids = self.token_ids(texts, None)
+        if not all(ids):
+            raise ConfigError(f"text {ids.index([])} is empty; there is nothing to embed.")
+        run = jax.jit(functools.partial(scoring.pooled, self.graph), static_argnums=3)
+        vectors = self._in_batches(
+            ids, lambda rows, length: run(self.params, rows, length, pooling)
+        )
+        return np.stack(vectors)
+
+    def token_ids(
+        self, prompts: Prompts, attention_mask: np.typing.ArrayLike | None
+    ) -> list[list[int]]:
+        """Prompts as lists of token ids. Args and errors as `generate`."""
+        if isinstance(prompts, str):
+            return [self._ids_of(prompts, 0)]
+        if attention_mask is not None:
+            array, mask = np.asarray(prompts), np.asarray(attention_mask)
+            if array.ndim != 2 or array.shape != mask.shape:
+                raise ConfigError(
+                    f"attention_mask {list(mask.shape)} needs prompts as an array of that "
+                    f"shape, [batch, seq], not {list(array.shape)}."
+                )
+            return [
+                row[keep.astype(bool)].tolist() for row, keep in zip(array, mask, strict=True)
+            ]
+        if len(prompts) and isinstance(prompts[0], int | np.integer):
+            return [self._ids_of(prompts, 0)]
+        return [self._ids_of(prompt, i) for i, prompt in enumerate(prompts)]
+
+    def _ids_of(self, prompt: Any, index: int) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError(
+                    f"prompt {index} is text, and the model came without a tokenizer; give "
+                    f"token ids."
+                )
+            return self.tokenizer.encode(prompt)
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ConfigError(f"prompt {index} must be text or a list of token ids.")
+        return [int(token) for token in ids]
+
+    def _end_of_text(self) -> int:
+        end = eos_id(self.config, self.tokenizer)
+        if end is None:
+            raise ConfigError("from_start needs a tokenizer, which names the end of text.")
+        return end
+
+    @functools.cached_property
+    def _token_log_probs(self) -> Callable[[np.ndarray], jax.Array]:
+        run = jax.jit(functools.partial(scoring.token_log_probs, self.graph))
+        return lambda rows: run(self.params, rows)
+
+    def _in_batches(
+        self,
+        texts: Sequence[list[int]],
+        run: Callable[[np.ndarray, np.ndarray], jax.Array],
+    ) -> list[np.ndarray]:
+        """What `run` gives for each text, from few shapes of batches.
+
+        `run` takes ids [batch, seq], filled up with 0, and lengths [batch].
+        """
+        most = self.config.max_seq_len
+        for index, ids in enumerate(texts):
+            if len(ids) > most:
+                raise ConfigError(
+                    f"text {index} has {len(ids)} tokens, more than the model's {most} "
+                    f"positions; cut it, or score it in windows."
+                )
+            if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+                raise ConfigError(
+                    f"text {index} holds token ids from {min(ids)} to {max(ids)}; the "
+                    f"vocabulary has 0 … {self.config.vocab_size - 1}."
+                )
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        results: dict[int, np.ndarray] = {}
+        for at in range(0, len(order), _SCORED_AT_ONCE):
+            some = order[at : at + _SCORED_AT_ONCE]
+            longest = max(len(texts[some[-1]]), _SHORTEST_SCORED)
+            rows = np.zeros((_SCORED_AT_ONCE, min(most, power_of_two(longest))), np.int32)
+            length = np.ones(_SCORED_AT_ONCE, np.int32)
+            for row, index in enumerate(some):
+                rows[row, : len(texts[index])] = texts[index]
+                length[row] = max(1, len(texts[index]))
+            results.update(zip(some, np.asarray(run(rows, length)), strict=False))
+        return [results[index] for index in range(len(texts))]
 
 
 def load(

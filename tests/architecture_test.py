@@ -40,8 +40,8 @@ WAY = (
     "diagnose",
     "hf",
     "mtf",
-    "pretrained",
     "generate",
+    "pretrained",
     "evaluate",
     "serve",
     "pretrain",
@@ -52,6 +52,7 @@ WAY = (
     "convert",
     "prepare",
     "doctor",
+    "generate.__main__",
     "main",
     "cli",
 )
@@ -65,8 +66,13 @@ def source_files() -> list[pathlib.Path]:
 
 
 def room_of(path: pathlib.Path) -> str:
-    """The first step inside the package: neo_jax/data/packing.py is of `data`."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    """The first step inside the package: neo_jax/data/packing.py is of `data`.
+
+    A folder's `__main__.py` may have a place of its own: it is a command.
+    """
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    whole = ".".join(parts)
+    return whole if whole in WAY else parts[0]
 
 
 @functools.cache
