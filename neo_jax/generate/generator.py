@@ -73,7 +73,8 @@ class Generator:
         self.eos_id = eos_id(config, words)
         self.mesh = _decoding_mesh(params)
         with jax.set_mesh(self.mesh):
-            self.graph, params = network.prepare(graph, _move(params, self.mesh), config)
+            moved = _move(params, self.mesh)
+            self.graph, params = network.prepare(graph, moved, config, weight_dtype)
         self._params_by_stretch = {1: params}
         self.rows_multiple = math.prod(
             self.mesh.shape[axis] for axis in sharding.TABLE["batch"] or ()

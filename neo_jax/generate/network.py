@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from neo_jax.config import ModelConfig
+from neo_jax.generate import quantise
 from neo_jax.generate.cache import Caches, LayerCache, Step
 from neo_jax.model import NeoLM, compute_dtype
 from neo_jax.state import Params
@@ -23,7 +24,7 @@ from neo_jax.state import Params
 class Decoder(nnx.Module):
     """A `NeoLM` that continues texts: new tokens enter, the earlier ones are in the caches."""
 
-    def __init__(self, model: NeoLM):
+    def __init__(self, model: NeoLM, weight_dtype: str):
         self.config: ModelConfig = model.config
         self.embedder = model.embedder
         graph, weights = nnx.split(model.blocks)
@@ -33,6 +34,16 @@ class Decoder(nnx.Module):
         )
         self.ln_f = model.ln_f
         self.untied_head = model.untied_head
+        self.int8_head = None
+        if weight_dtype == "int8":
+            for block in self.blocks:
+                for owner, name in (
+                    *((block.attention, name) for name in ("query", "key", "value", "out")),
+                    *((block.mlp, name) for name in ("up", "down")),
+                ):
+                    setattr(owner, name, quantise.quantised(getattr(owner, name)))
+            self.int8_head = quantise.quantised_head(model.head)
+            self.untied_head = None
 
     def hidden(
         self,
@@ -61,6 +72,8 @@ class Decoder(nnx.Module):
         self, hidden: Float[Array, "batch seq embed"]
     ) -> Float[Array, "batch seq vocab"]:
         """Scores over the `vocab_size` real ids, at least float32."""
+        if self.int8_head is not None:
+            return self.int8_head(hidden.astype(jnp.float32))[..., : self.config.vocab_size]
         head = self.embedder.embedding if self.untied_head is None else self.untied_head
         float_type = jnp.promote_types(hidden.dtype, jnp.float32)
         # The padding rows are multiplied as well: cutting them off the head would copy it.
@@ -74,24 +87,24 @@ class Decoder(nnx.Module):
 
 
 def prepare(
-    graph: nnx.GraphDef[NeoLM], params: Params, config: ModelConfig
+    graph: nnx.GraphDef[NeoLM], params: Params, config: ModelConfig, weight_dtype: str
 ) -> tuple[nnx.GraphDef[Decoder], Params]:
     """The decoder of a model: its structure, and its parameters on their devices.
 
-    Kernels and tables are cast to the type of the activations once, here.
+    Kernels and tables are cast to the type of the activations once, here, or with
+    `weight_dtype` "int8" the kernels to int8.
     """
     kind = compute_dtype(config)
 
     def build(params: Params) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
-        decoder = Decoder(nnx.merge(graph, params))
+        decoder = Decoder(nnx.merge(graph, params), weight_dtype)
         graph_of_decoder, state = nnx.split(decoder)
         return graph_of_decoder, state
 
     def cast(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.Array) -> jax.Array:
         names = jax.tree_util.keystr(path, simple=True, separator=".")
-        return (
-            leaf if ".ln_" in f".{names}" else leaf.astype(kind)
-        )  # statistics stay as they are
+        stays = leaf.dtype == jnp.int8 or names.endswith("scale") or ".ln_" in f".{names}"
+        return leaf if stays else leaf.astype(kind)
 
     @jax.jit
     def weights(params: Params) -> Params:

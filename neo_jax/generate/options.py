@@ -61,10 +61,7 @@ class Options:
     batch_size: int = 32  # texts that are written side by side, at most
 
     def __post_init__(self) -> None:
-        for key, (holds, wanted) in _WANTED.items():
-            value = getattr(self, key)
-            if value is not None and not holds(value):
-                raise ConfigError(f"{key}={value!r} must be {wanted}.")
+        _require_wanted(dataclasses.asdict(self))
         object.__setattr__(self, "stop_strings", _as_tuple(self.stop_strings, str))
         if self.eos_token_id is not None:
             object.__setattr__(self, "eos_token_id", _as_tuple(self.eos_token_id, int))
@@ -156,7 +153,15 @@ def from_keywords(options: Mapping[str, Any]) -> Options:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}."
             raise ConfigError(f"generate has no option {key!r}; {hint}")
+    _require_wanted(options)
     return Options(**options)
+
+
+def _require_wanted(options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        holds, wanted = _WANTED[key]
+        if value is not None and not holds(value):
+            raise ConfigError(f"{key}={value!r} must be {wanted}.")
 
 
 def _as_tuple(value: Any, kind: type) -> tuple[Any, ...]:

@@ -1,0 +1,72 @@
+"""Weights in int8 for decoding: a quarter of float32's bytes, half of bfloat16's.
+
+Enters: a decoder's kernels. Leaves: modules of the same behaviour with int8 kernels and a
+float32 scale for each output channel, its largest magnitude over 127. Activations stay as they
+are.
+
+Embeddings and LayerNorms keep their type; the head, a tenth to a third of what a token reads,
+becomes an int8 matrix of its own where it was tied.
+
+Shapes: B batch, T position, D embed, V vocab, I and O all input and output dimensions as one,
+G and J input dimension split in two.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from neo_jax.model import Linear
+
+_INT8_MAX = 127
+# XLA's CPU products do not take int8. For one token the product is written as so many
+# multiply-adds of long vectors, which it turns into loops that convert in registers: 1.1 to
+# 1.6 ms for 28 million weights where a float32 product takes 2.6 and one that converts
+# first 28 (two cores of an AMD EPYC with AVX-512; docs/lab_log.md).
+_TERMS = 16
+
+
+class Int8Linear(nnx.Module):
+    """`model.Linear` with an int8 kernel."""
+
+    def __init__(self, kernel: Array, equation: str, bias: nnx.Param | None):
+        _, names, out = equation.replace("->", ",").split(",")
+        self.equation = equation
+        summed = tuple(i for i, name in enumerate(names) if name not in out)
+        kernel = kernel.astype(jnp.float32)
+        largest = jnp.abs(kernel).max(axis=summed, keepdims=True)
+        scale = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny) / _INT8_MAX
+        self.kernel = nnx.Param(jnp.round(kernel / scale).astype(jnp.int8))
+        self.scale = nnx.Param(scale.squeeze(summed))
+        self.bias = bias
+        self.num_summed = len(summed)
+
+    def __call__(self, x: Array) -> Array:
+        rows = x.size * self.scale.size // self.kernel.size
+        if rows == 1 and jax.default_backend() == "cpu":
+            y = self._one_row(x)
+        else:
+            y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        y = (y * self.scale[...]).astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def _one_row(self, x: Array) -> Array:
+        kernel, lead = self.kernel[...], x.shape[: x.ndim - self.num_summed]
+        J = _TERMS if x.size % _TERMS == 0 else 1
+        x_JG1 = x.reshape(J, -1, 1)
+        kernel_JGO = kernel.reshape(J, x_JG1.shape[1], -1)
+        terms = (x_JG1[j] * kernel_JGO[j].astype(x.dtype) for j in range(J))
+        y_O = sum(terms, start=jnp.zeros((), x.dtype)).sum(axis=0)
+        return y_O.reshape(*lead, *kernel.shape[self.num_summed :])
+
+
+def quantised(linear: Linear) -> Int8Linear:
+    """The same layer in int8."""
+    return Int8Linear(linear.kernel[...], linear.equation, linear.bias)
+
+
+def quantised_head(head: Float[Array, "vocab embed"]) -> Int8Linear:
+    """The output matrix in int8, [embed, vocab], so that its outputs lie side by side."""
+    return Int8Linear(head.T, "BTD,DV->BTV", None)
