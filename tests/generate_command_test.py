@@ -88,11 +88,11 @@ def test_scores_are_those_of_the_logits(model) -> None:
     log_probs = np.asarray(jax.nn.log_softmax(model.logits([texts[0]])[0], axis=-1))
     expected = log_probs[np.arange(len(texts[0]) - 1), texts[0][1:]]
     assert scored[0].log_probs[0] is None and scored[1].log_probs == [None]
-    np.testing.assert_allclose(scored[0].log_probs[1:], expected, atol=1e-5)
+    np.testing.assert_allclose(scored[0].log_probs[1:], expected, atol=1e-4)
     np.testing.assert_allclose(scored[0].total, expected.sum(), rtol=1e-5)
     (started,) = model.score(texts[:1], from_start=True)
     (again,) = model.score([[WORDS.eos_id, *texts[0]]])
-    np.testing.assert_allclose(started.log_probs, again.log_probs[1:], atol=1e-6)
+    np.testing.assert_allclose(started.log_probs, again.log_probs[1:], atol=1e-4)
     with pytest.raises(ConfigError, match=r"text 0 has 65 tokens, more than the model's 64"):
         model.score([[1] * 65])
 

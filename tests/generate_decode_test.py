@@ -10,7 +10,7 @@ from flax import nnx
 
 from neo_jax import config as config_lib
 from neo_jax.config import ConfigError
-from neo_jax.generate import Generator, NotFiniteError, cache, from_keywords, network
+from neo_jax.generate import Generator, NotFiniteError, cache, from_keywords, network, quantise
 from neo_jax.model import NeoLM
 
 WINDOW = 8
@@ -182,27 +182,34 @@ def test_int8_caches_hold_half_and_change_little() -> None:
     assert kinds == {"int8", "float32"}
 
 
-def test_int8_weights_are_near_for_one_token_and_for_many() -> None:
-    """A row alone takes another way through the product than rows together."""
-    graph, params = network.prepare(*model(), MODEL, "int8")
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params["blocks"])} == {
-        "int8",
-        "float32",
-    }
-    ids = np.asarray(random_prompts(6))
-    caches = cache.empty(MODEL, batch_size=1, capacity=16, chunk=6, dtype="auto")
-    places, expected = np.arange(6)[None], np.asarray(full_pass()(ids))
-    together, _ = one_call(graph, params, caches, ids, places, np.array([6]))
-    alone = []
-    for i in range(6):
-        at = slice(i, i + 1)
-        one, caches = one_call(
-            graph, params, caches, ids[:, at], places[:, at], np.array([i + 1])
-        )
-        alone.append(one)
-    np.testing.assert_allclose(np.concatenate(alone, axis=1), together, atol=5e-3)
-    error = np.abs(together - expected)
-    assert 0 < error.mean() < 0.05 * np.abs(expected).mean()
+@pytest.mark.parametrize(
+    ("equation", "shape", "x"),
+    [
+        ("BTD,DNH->BTNH", (32, 4, 8), (1, 1, 32)),
+        ("BTNH,NHD->BTD", (4, 8, 32), (1, 1, 4, 8)),
+        ("BTD,DV->BTV", (32, 97), (1, 1, 32)),
+    ],
+)
+def test_int8_weights_are_near_for_one_token_and_for_many(equation, shape, x) -> None:
+    """A token alone takes another way through the product than several together."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=shape).astype(np.float32) * rng.uniform(0.1, 9, shape[-1])
+    linear = quantise.Int8Linear(jnp.asarray(kernel), equation, None)
+    assert linear.kernel[...].dtype == jnp.int8 and linear.scale[...].size == np.prod(
+        [size for size, name in zip(shape, equation.split(",")[1], strict=False)
+         if name in equation.split("->")[1]]
+    )  # fmt: skip
+    x = rng.normal(size=x).astype(np.float32)
+    together = linear(jnp.asarray(np.tile(x, (2, 1) + (1,) * (x.ndim - 2))))
+    np.testing.assert_allclose(linear(jnp.asarray(x)), together[:1], rtol=1e-4, atol=1e-4)
+    expected = np.einsum(equation, x, kernel)
+    assert 0 < np.abs(together[0] - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_int8_weights_write() -> None:
+    light = Generator(MODEL, *model(), None, weight_dtype="int8")
+    (text,) = light.write([[3]], from_keywords({"max_new_tokens": 5}))
+    assert len(text.token_ids) == 5
 
 
 # ------------------------------------------------------------------------------ whole texts

@@ -33,17 +33,16 @@ class Decoder(nnx.Module):
             for i in range(model.config.num_layers)
         )
         self.ln_f = model.ln_f
-        self.untied_head = model.untied_head
-        self.int8_head = None
-        if weight_dtype == "int8":
+        is_int8 = weight_dtype == "int8"
+        self.int8_head = quantise.quantised_head(model.head) if is_int8 else None
+        self.untied_head = None if is_int8 else model.untied_head
+        if is_int8:
             for block in self.blocks:
                 for owner, name in (
                     *((block.attention, name) for name in ("query", "key", "value", "out")),
                     *((block.mlp, name) for name in ("up", "down")),
                 ):
                     setattr(owner, name, quantise.quantised(getattr(owner, name)))
-            self.int8_head = quantise.quantised_head(model.head)
-            self.untied_head = None
 
     def hidden(
         self,
