@@ -169,13 +169,14 @@ class NeoJaxLM(TemplateLM):
         if len(prompt) > room:
             self.asker.truncated += 1
             logger.warning("a context of %d tokens was cut to its last %d.", len(prompt), room)
-        ids = self._calls["write"](
-            prompt[-room:],
-            new,
-            int(kwargs.get("seed", 0)),
-            float(kwargs.get("temperature", 0.0)),
-            int(kwargs.get("top_k", 0)),
-        )
+        options = {
+            "max_new_tokens": new,
+            "seed": int(kwargs.get("seed", 0)),
+            "temperature": float(kwargs.get("temperature", 0.0)),
+            "top_k": int(kwargs.get("top_k", 0)),
+            "stop_strings": [stop for stop in stops if stop],
+        }
+        (ids,) = self._calls["write"]([prompt[-room:]], options)
         if self.words.eos_id in ids:
             ids = ids[: ids.index(self.words.eos_id)]
         return postprocess_generated_text(self.words.decode(ids), stops, None)

@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 
 from neo_jax.evaluate.batching import Request
 from neo_jax.evaluate.scoring import Score, Scorer
-from neo_jax.generate import decode
 from neo_jax.pretrained import LanguageModel
 
 Result = TypeVar("Result")
@@ -55,24 +54,13 @@ def drive(calls: Calls, body: Callable[[Calls], Result]) -> Result | None:
 
 
 def calls_of(model: LanguageModel, scorer: Scorer) -> Calls:
-    """What evaluations ask of a model: `score` requests, and `write` after a prompt."""
+    """What evaluations ask of a model: `score` requests, and `write` after prompts."""
 
     def score(requests: list[Any]) -> list[Score]:
         return scorer.score(model.params, [Request(*request) for request in requests])
 
-    def write(
-        prompt: list[int], max_new_tokens: int, seed: int, temperature: float, top_k: int
-    ) -> list[int]:
-        return decode.generate(
-            model.graph,
-            model.params,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            context=model.config.max_seq_len,
-            seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-        )
+    def write(prompts: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
+        return [text.token_ids for text in model.generate(prompts, **options)]
 
     return {"score": score, "write": write}
 
