@@ -35,15 +35,21 @@ from neo_jax.hf.reading import Pretrained, stream
 # Keys that turn the network into another one; all are off in released models.
 _OTHER_NETWORKS = (
     "axial_pos_emb",
+    "lightweight_conv_attention",
     "macaron",
+    "mlm_training",
     "mlp_glu",
     "moe_layers",
     "no_weight_tie",
     "num_mem_kv",
     "rezero",
+    "rotary_emb",
     "scalenorm",
     "share_parameters",
 )
+
+# Values of `activation_fn`, the key that later versions of the original read, and ours.
+_ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu"}
 
 
 def config_from_mtf(values: Mapping[str, Any]) -> ModelConfig:
@@ -68,6 +74,12 @@ def config_from_mtf(values: Mapping[str, Any]) -> ModelConfig:
                 f"config of the checkpoint sets {key}={values[key]!r}; "
                 f"that network cannot be read, only GPT-Neo's own."
             )
+    activation = values.get("activation_fn", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise ConfigError(
+            f"config of the checkpoint sets activation_fn={activation!r}; only "
+            f"{', '.join(_ACTIVATIONS)} can be read."
+        )
     pattern: Any = values.get("attention_types") or ["global"]
     return ModelConfig(
         num_layers=values["n_layer"],
@@ -77,13 +89,17 @@ def config_from_mtf(values: Mapping[str, Any]) -> ModelConfig:
         max_seq_len=values["n_ctx"],
         attention_types=pattern,
         window_size=values.get("local_attention_radius", 256),
-        # Whatever `activation_function` says: the network always calls mtf.gelu, GELU's
-        # tanh form.
-        activation="gelu_new",
+        # Not `activation_function`, which stands in every config and is read by no version:
+        # the network calls mtf.gelu, GELU's tanh form, unless `activation_fn` names another.
+        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
     )
 
 
 # ------------------------------------------------------------------------------- the names
+
+
+# What optimisers keep: the original's Adam, and Mesh-TensorFlow's Adafactor; and the step.
+_SLOT = re.compile(r"/adam_[mv]$|_slot_(m|v|vr|vc)$|^global_step$")
 
 
 def variable_name(theirs: str) -> str:
@@ -145,10 +161,15 @@ def read(
     )
     bundle = open_bundle(prefix)
     table = names.name_table(config)
-    found = {e.name: v for e in table if (v := bundle.get(variable_name(e.name)))}
-    names.check_names(
-        {name: _torch_shape(name, variable, config) for name, variable in found.items()}, table
-    )
+    ours = {variable_name(entry.name): entry.name for entry in table}
+    found = {ours[name]: variable for name, variable in bundle.items() if name in ours}
+    shapes = {name: _torch_shape(name, variable, config) for name, variable in found.items()}
+    others = {
+        name: variable.shape
+        for name, variable in bundle.items()
+        if name not in ours and not _SLOT.search(name)
+    }
+    names.check_names({**shapes, **others}, table)
     stored = found[table[0].name].dtype
     dtype = dtype or ("float32" if stored == np.float16 else str(stored))
     config = dataclasses.replace(config, param_dtype=dtype)  # type: ignore[arg-type]

@@ -282,7 +282,8 @@ def load(
       ConfigError: nothing is there that could be read; one line.
       ValueError: weights that do not fit their config.
     """
-    model = read(source, dtype=dtype, mesh=mesh)
+    folder = locate(source)
+    model = read(folder, dtype=dtype, mesh=mesh)
     if model.head is not None:
         raise ConfigError(
             f"{source} is a {model.head.architecture}, which has no language model's head; "
@@ -290,7 +291,18 @@ def load(
         )
     graph, _ = state.model_graph(model.config)
     run = jax.jit(lambda params, ids: nnx.merge(graph, params).logits(ids))
-    return LanguageModel(model.config, model.params, find_tokenizer(source), graph, run)
+    return LanguageModel(model.config, model.params, find_tokenizer(folder), graph, run)
+
+
+def locate(source: str | os.PathLike[str]) -> pathlib.Path:
+    """Where a checkpoint lies; what only the hub has is fetched first.
+
+    Raises:
+      ConfigError: nothing of that name is there, nor within reach.
+    """
+    if is_workdir(source) or mtf.is_checkpoint(source):
+        return pathlib.Path(source)
+    return hf.resolve(source)
 
 
 def read(
@@ -309,11 +321,10 @@ def is_workdir(source: str | os.PathLike[str]) -> bool:
     return (pathlib.Path(source) / "checkpoints").is_dir()
 
 
-def find_tokenizer(source: str | os.PathLike[str]) -> Tokenizer | None:
+def find_tokenizer(checkpoint: pathlib.Path) -> Tokenizer | None:
     """The tokenizer beside a checkpoint; None where there are no tokenizer's files."""
-    path = pathlib.Path(source)
     try:
-        return tokenizer.load(hf.resolve(source) if not path.exists() else path)
+        return tokenizer.load(checkpoint if checkpoint.is_dir() else checkpoint.parent)
     except ConfigError:
         return None
 

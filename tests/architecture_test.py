@@ -43,6 +43,7 @@ WAY = (
     "generate",
     "pretrained",
     "evaluate",
+    "stablehlo",
     "serve",
     "pretrain",
     "__init__",

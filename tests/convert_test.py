@@ -1,8 +1,10 @@
 """The convert command: from every kind to every kind, verified; StableHLO alone; mistakes."""
 
+import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -85,6 +87,16 @@ def test_verify_notices_a_difference(source, tmp_path, capsys):
     assert "do not answer alike" in capsys.readouterr().err
 
 
+def test_what_does_not_answer_alike_is_not_uploaded(source, tmp_path, monkeypatch):
+    uploaded = []
+    monkeypatch.setattr(hf, "push_to_hub", lambda *arguments: uploaded.append(arguments))
+    arguments = ["--source", source, "--verify", "--push_to_hub", "a/b", "--output"]
+    monkeypatch.setattr(convert, "verify", lambda *_: 1)
+    assert run(*arguments, tmp_path / "a") == 1 and not uploaded
+    monkeypatch.setattr(convert, "verify", lambda *_: 0)
+    assert run(*arguments, tmp_path / "b") == 0 and uploaded == [(tmp_path / "b", "a/b")]
+
+
 def test_a_head_is_kept(tmp_path, capsys):
     head = hf.Head("GPTNeoForTokenClassification", ("a", "b", "c"))
     shapes = hf.abstract_params(MODEL, head)
@@ -120,6 +132,7 @@ def test_stablehlo_runs_without_this_code(source, tmp_path):
     )
     environment = {**os.environ, "XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-c", code, output], check=True, env=environment)
+    assert convert.verify(str(source), str(output), None) == 0
     model = neo_jax.load(source)
     for batch in (1, 3):
         expected = model.logits(np.arange(32 * batch).reshape(batch, 32))
@@ -132,13 +145,93 @@ def test_stablehlo_runs_without_this_code(source, tmp_path):
     [
         (["--source", "/no/such"], "/no/such is not a directory"),
         (["--source", "SOURCE", "--output", "SOURCE"], "is not empty"),
+        (["--source", "SOURCE", "--output", "SOURCE/config.json"], "is a file"),
+        (
+            ["--source", "SOURCE", "--format", "orbax", "--push_to_hub", "a/b"],
+            "needs --format",
+        ),
     ],
 )
 def test_mistakes_are_one_line(source, tmp_path, capsys, arguments, message):
     arguments = ["--output", str(tmp_path / "o"), *arguments]
-    assert run(*(str(source) if a == "SOURCE" else a for a in arguments)) == 1
+    assert run(*(a.replace("SOURCE", str(source)) for a in arguments)) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def _change_config(folder: pathlib.Path, **changes: object) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+def _shards(folder: pathlib.Path) -> None:
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    there, missing = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    index = {name: missing if "ln_f" in name else there for name in weights}
+    safetensors.numpy.save_file(weights, folder / there)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def _cut_off(folder: pathlib.Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _pickle(folder: pathlib.Path) -> None:
+    """What would make a directory, were it read as pickles are."""
+    (folder / "model.safetensors").unlink()
+    code = f"cos\nmkdir\n(S'{folder / 'executed'}'\ntR.".encode()
+    (folder / "pytorch_model.bin").write_bytes(code)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_shards, "names shards that are missing: model-00002-of-00002.safetensors"),
+        (_cut_off, "is not a whole safetensors file"),
+        (lambda folder: _change_config(folder, model_type="gpt2"), "'gpt2', which is not"),
+        (lambda folder: _change_config(folder, model_type="gptj"), "'gptj', which is not"),
+        (
+            lambda folder: _change_config(folder, max_position_embeddings=31),
+            "of another shape: transformer.wpe.weight [32, 32] instead of [31, 32]",
+        ),
+        (
+            lambda folder: _change_config(
+                folder, num_layers=4, attention_types=[[["local"], 4]]
+            ),
+            "missing: transformer.h.2.ln_1.weight",
+        ),
+        (
+            lambda folder: _change_config(
+                folder, num_layers=1, attention_types=[[["local"], 1]]
+            ),
+            "unexpected: transformer.h.1",
+        ),
+        (_pickle, "is refused" if importlib.util.find_spec("torch") else "with torch"),
+    ],
+    ids=["shard", "cut", "gpt2", "gptj", "shape", "missing", "unexpected", "pickle"],
+)
+def test_bad_checkpoints_are_one_line(source, tmp_path, capsys, spoil, message):
+    folder = pathlib.Path(shutil.copytree(source, tmp_path / "bad"))
+    spoil(folder)
+    assert run("--source", folder, "--output", tmp_path / "o") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("convert: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "o").exists() and not (folder / "executed").exists()
+
+
+def test_nan_is_warned_of_and_kept(source, tmp_path, caplog):
+    folder = pathlib.Path(shutil.copytree(source, tmp_path / "bad"))
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights["transformer.wpe.weight"][3, 4] = np.nan
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    assert run("--source", folder, "--output", tmp_path / "o") == 0
+    assert "transformer.wpe.weight holds NaN" in caplog.text
+    kept = safetensors.numpy.load_file(tmp_path / "o" / "model.safetensors")
+    np.testing.assert_array_equal(
+        kept["transformer.wpe.weight"], weights["transformer.wpe.weight"]
+    )
 
 
 def test_help_has_examples(capsys):

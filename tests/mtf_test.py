@@ -168,19 +168,37 @@ def test_released_configs():
         assert mtf.config_from_mtf(values) == preset_model(name)
 
 
-def test_the_other_configs_of_master():
-    """configs/gpt3_XL_256_Pile.json: another model, global attention only, 32 heads."""
+@pytest.mark.parametrize(
+    ("base", "n_head", "n_embd", "n_layer", "n_ctx"),
+    [
+        ("neo_1p3b", 32, 2048, 24, 2048),  # gpt3_XL_256.json, gpt3_XL_256_Pile.json
+        ("neo_2p7b", 32, 2560, 32, 2048),  # gpt3_2-7B_256.json
+        ("neo_125m", 6, 768, 12, 1024),  # gpt2_small.json
+    ],
+)
+def test_the_other_configs_of_master(base, n_head, n_embd, n_layer, n_ctx):
+    """Other models than the released: global attention only, and other heads."""
     values = {
-        "n_head": 32,
+        "n_head": n_head,
         "n_vocab": 50257,
-        "n_embd": 2048,
-        "n_ctx": 2048,
-        "n_layer": 24,
-        "attention_types": [[["global"], 24]],
+        "n_embd": n_embd,
+        "n_ctx": n_ctx,
+        "n_layer": n_layer,
+        "attention_types": [[["global"], n_layer]],
         "activation_function": "gelu",
+        "weight_decay": 0.1,
+        "mesh_shape": "x:128,y:2",
     }
     config = mtf.config_from_mtf(values)
-    assert config == preset_model("neo_1p3b", num_heads=32, attention_types=("global",))
+    changes = {"num_heads": n_head, "attention_types": ("global",), "max_seq_len": n_ctx}
+    assert config == preset_model(base, **changes)
+
+
+def test_activations_of_the_original():
+    """`activation_function` is read by no version of it; later ones read `activation_fn`."""
+    assert mtf.config_from_mtf(fixture.CONFIG).activation == "gelu_new"
+    values = {**fixture.CONFIG, "activation_function": "selu", "activation_fn": "relu"}
+    assert mtf.config_from_mtf(values).activation == "relu"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +207,9 @@ def test_the_other_configs_of_master():
         ({"n_embd": None}, "lacks n_embd"),
         ({"rezero": True}, "sets rezero=True"),
         ({"moe_layers": [1]}, "sets moe_layers"),
+        ({"rotary_emb": True}, "sets rotary_emb=True"),
+        ({"mlm_training": True}, "sets mlm_training=True"),
+        ({"activation_fn": "snake"}, "sets activation_fn='snake'; only gelu, relu, silu"),
         ({"attention_types": [[["linear"], 2]]}, "'linear' is unknown"),
     ],
 )
@@ -232,6 +253,11 @@ def test_files_refused(tmp_path):
         json.dumps({**fixture.CONFIG, "n_layer": 3} | {"attention_types": ["global"]})
     )
     assert "missing: transformer.h.2.ln_1.weight" in message()
+    (folder / "config.json").write_text(
+        json.dumps({**fixture.CONFIG, "n_layer": 1} | {"attention_types": ["global"]})
+    )
+    told = message()  # of another network, but not the optimiser's slots
+    assert "unexpected: gpt2/h1/" in told and "missing" not in told and "adam" not in told
     (folder / "config.json").write_text(json.dumps({**fixture.CONFIG, "n_ctx": 17}))
     assert "transformer.wpe.weight [16, 8] instead of [17, 8]" in message()
 

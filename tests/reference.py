@@ -31,21 +31,35 @@ def logits(
     eps: float,
     positions: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Logits [seq, vocab] in float64 of one sequence of ids [seq]."""
-    w = {
-        name.removeprefix("transformer."): np.asarray(a, np.float64)
-        for name, a in state.items()
-    }
+    """Logits [seq, vocab] in float64 of one sequence of ids [seq].
+
+    Each weight is fetched from `state` where it is used and no earlier, so that a `state`
+    which reads files may describe a model larger than memory.
+    """
+    w = _Weights(state)
     positions = np.arange(len(ids)) if positions is None else positions
     x = w["wte.weight"][ids] + w["wpe.weight"][positions]
     for i, kind in enumerate(layer_types):
-        layer = {n.removeprefix(f"h.{i}."): a for n, a in w.items() if n.startswith(f"h.{i}.")}
+        layer = _Weights(state, f"h.{i}.")
         x = x + _attention(layer, _norm(layer, "ln_1", x, eps), kind, num_heads, window)
         h = _norm(layer, "ln_2", x, eps) @ layer["mlp.c_fc.weight"].T + layer["mlp.c_fc.bias"]
         x = x + ACTIVATIONS[activation](h) @ layer["mlp.c_proj.weight"].T
         x = x + layer["mlp.c_proj.bias"]
     x = _norm(w, "ln_f", x, eps)
-    return x @ w.get("lm_head.weight", w["wte.weight"]).T
+    return x @ w["lm_head.weight" if "lm_head.weight" in state else "wte.weight"].T
+
+
+class _Weights:
+    """A part of a state dict, in float64, by the rest of the names."""
+
+    def __init__(self, state: Mapping[str, np.ndarray], prefix: str = ""):
+        self.state, self.prefix = state, prefix
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        for full in (f"transformer.{self.prefix}{name}", f"{self.prefix}{name}"):
+            if full in self.state:
+                return np.asarray(self.state[full], np.float64)
+        raise KeyError(name)
 
 
 def cross_entropy(
@@ -58,13 +72,13 @@ def cross_entropy(
     return float(((nll + z_loss * log_z**2) * weights).sum()), float((nll * weights).sum())
 
 
-def _norm(w: Mapping[str, np.ndarray], name: str, x: np.ndarray, eps: float) -> np.ndarray:
+def _norm(w: _Weights, name: str, x: np.ndarray, eps: float) -> np.ndarray:
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return (x - mean) / np.sqrt(variance + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def _attention(
-    w: Mapping[str, np.ndarray], x: np.ndarray, kind: str, num_heads: int, window: int
+    w: _Weights, x: np.ndarray, kind: str, num_heads: int, window: int
 ) -> np.ndarray:
     seq, embed = x.shape
     prefix = "attn.attention."

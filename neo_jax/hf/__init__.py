@@ -10,7 +10,9 @@ from neo_jax.hf.configs import (
     Head,
     config_from_hf,
     config_to_hf,
+    eos_id,
     head_from_hf,
+    read_json,
 )
 from neo_jax.hf.heads import head_logits, last_token
 from neo_jax.hf.names import abstract_params, from_hf, name_table, to_hf
@@ -25,6 +27,7 @@ __all__ = [
     "config_from_hf",
     "config_to_hf",
     "copy_tokenizer",
+    "eos_id",
     "from_hf",
     "head_from_hf",
     "head_logits",
@@ -32,6 +35,7 @@ __all__ = [
     "name_table",
     "push_to_hub",
     "read",
+    "read_json",
     "resolve",
     "to_hf",
     "write",

@@ -45,6 +45,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_new",
     "gelu_pytorch_tanh": "gelu_new",
     "gelu_python_tanh": "gelu_new",
+    "gelu_accurate": "gelu_new",
     "gelu": "gelu",
     "gelu_python": "gelu",
     "relu": "relu",
@@ -87,6 +88,14 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     shape["activation"] = _ACTIVATIONS[activation]
     # A key that a file leaves out has GPTNeoConfig's default, which is the 1.3B model's.
     return preset_model("neo_1p3b", **shape)
+
+
+def eos_id(folder: pathlib.Path, otherwise: int | None) -> int | None:
+    """The id that ends a text, by a config.json; `otherwise` where it tells none."""
+    told = read_json(folder / "config.json").get("eos_token_id")
+    if isinstance(told, list):  # several may end a text; the first is the tokenizer's
+        told = told[0] if told else None
+    return told if isinstance(told, int) else otherwise
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -96,8 +96,9 @@ def stream(
         array = None if entries[0].layer is None else _zeros(leaf.shape, dtype, sharding)
         for entry in entries:
             tensor = read_tensor(entry.name)
-            if np.isnan(tensor).any():
-                logger.warning("%s holds NaN; the model will answer NaN.", entry.name)
+            if not np.isfinite(tensor).all():
+                what = "NaN" if np.isnan(tensor).any() else "infinities"
+                logger.warning("%s holds %s; so will the model's answers.", entry.name, what)
             shape = leaf.shape if entry.layer is None else leaf.shape[1:]
             part = _put(
                 names.to_ours(entry, tensor.astype(dtype), shape), sharding, entry.layer
@@ -142,20 +143,35 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
         return path
     if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ConfigError(f"{name} is not a directory.")
-    import huggingface_hub  # takes a second to import, and is seldom needed
-    from huggingface_hub import errors
+    return resolve(_download(name))
 
-    download = huggingface_hub.snapshot_download
+
+def _download(name: str) -> str:
+    """The folder of the hub's cache that holds a model, fetched where it is not yet there."""
+    import huggingface_hub  # takes a second to import, and is seldom needed
+    from huggingface_hub import constants, errors
+
+    # Nothing of the model's folders: other programs' copies, or checkpoints on the way.
+    download = functools.partial(huggingface_hub.snapshot_download, ignore_patterns=["*/*"])
     try:
         folder = download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"])
         if not any(pathlib.Path(folder).glob("*.safetensors")):
             download(name, allow_patterns=["pytorch_model*.bin"])
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    # The bases are OSError and the error of the HTTP library that the hub's client uses.
+    except (*errors.HfHubHTTPError.__bases__, ValueError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(
+                f"{name!r} is neither a local directory nor in the cache "
+                f"{constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to ask the hub; "
+                f"unset it, or give a directory."
+            ) from None
+        reason = (str(error).splitlines() or [""])[0].strip(" .")
         raise ConfigError(
-            f"{name!r} is neither a local directory nor within reach on the Hugging Face hub "
-            f"({type(error).__name__}); check the name and the network, or give a directory."
+            f"{name!r} is neither a local directory nor to be had from {constants.ENDPOINT} "
+            f"({type(error).__name__}: {reason}); check the name and the network, or give a "
+            f"directory."
         ) from None
-    return resolve(folder)
+    return folder
 
 
 class Weights(NamedTuple):

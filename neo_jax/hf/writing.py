@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from neo_jax.config import ModelConfig
+from neo_jax.config import ConfigError, ModelConfig
 from neo_jax.hf import names
 from neo_jax.hf.configs import Head, config_to_hf
 from neo_jax.state import Params
@@ -151,12 +151,26 @@ def write_tokenizer(words: Tokenizer, directory: pathlib.Path, max_length: int) 
 
 
 def push_to_hub(directory: pathlib.Path, repo_id: str, *, private: bool = True) -> str:
-    """Uploads a written directory with the token of `hf auth login`; returns its address."""
+    """Uploads a written directory with the token of `hf auth login`; returns its address.
+
+    Raises:
+      ConfigError: the hub cannot be reached, or refuses; one line.
+    """
     import huggingface_hub
+    from huggingface_hub import constants, errors
 
     api = huggingface_hub.HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
+    # The bases as in reading.py; RuntimeError is what the client makes of a failed upload.
+    except (*errors.HfHubHTTPError.__bases__, ValueError, RuntimeError) as error:
+        reason = (str(error.__cause__ or error).splitlines() or [""])[0].strip(" .")
+        raise ConfigError(
+            f"{directory} cannot be uploaded to {constants.ENDPOINT} as {repo_id!r} "
+            f"({type(error).__name__}: {reason}); log in with hf auth login, and check the "
+            f"name and the network."
+        ) from None
 
 
 def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
