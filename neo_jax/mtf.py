@@ -7,7 +7,8 @@ messages that say where each variable's bytes lie. Optimiser slots are passed ov
 
 Sources: TensorFlow, core/util/tensor_bundle and core/protobuf/tensor_bundle.proto (the
 bundle), core/lib/io/table_format.txt (its index, LevelDB's table); EleutherAI/gpt-neo,
-models/gpt2/gpt2.py (names and shapes of variables), optimizers.py (`adam_m`, `adam_v`);
+models/gpt2/gpt2.py and models/layers.py (names and shapes of variables),
+models/activations.py, optimizers.py (`adam_m`, `adam_v`);
 transformers 4, models/gpt_neo, load_tf_weights_in_gpt_neo (the same names in torch).
 """
 

@@ -4,15 +4,21 @@ Enters: a directory and a step. Leaves: `checkpoint`, `model.ckpt-STEP.index` an
 of a tiny model with fixed random variables, and its `config.json`. Run it in TensorFlow's
 own environment: python tests/write_mtf_fixture.py DIRECTORY [STEP] [float32|bfloat16]
 
-Names and shapes, each from EleutherAI/gpt-neo at 23485e3:
-  models/gpt2/gpt2.py: `wpe` [n_ctx, n_embd], `wte` [vocab, n_embd], a scope `h{layer}` with
-    `norm_1`, `norm_2` (`g`, `b` [n_embd]), `attn/compute_output_bias/o_b` [n_embd],
-    `mlp/conv1d_main/{c_fc,c_proj}` (`kernel` [in, out], `bias` [out]), `ln_f`.
+Names and shapes, each from EleutherAI/gpt-neo at 23485e3 (and mesh-tensorflow):
+  model_fns.py: the scope `gpt2` around the network; bfloat16 is the type of what is stored
+    (`master_dtype`), while the optimiser's slots stay float32.
+  models/gpt2/gpt2.py, model(): `wpe` [n_ctx, n_embd], `wte` [vocab, n_embd], `ln_f`;
+    block(): a scope `h{layer}` with `norm_1`, `norm_2`.
+  models/layers.py (earlier in gpt2.py): layer_norm() `g`, `b` [n_embd]; attn()
+    `attn/compute_output_bias/o_b` [n_embd]; linear() `conv1d_main/NAME`, around
+    mesh_tensorflow/layers.py, dense(): `kernel` [in, out], `bias` [out]; mlp() `c_fc`, `c_proj`.
   mesh_tensorflow/transformer/attention.py, AttentionParams with combine_dims: `attn/q`,
     `k`, `v` [n_embd, heads × head size], `o` [heads × head size, n_embd].
-  optimizers.py: each of them again as `NAME/adam_m` and `NAME/adam_v`; `global_step`.
-The whole under the scope `gpt2`, which transformers' load_tf_weights_in_gpt_neo cuts off;
-that loader also cuts rows that pad the vocabulary, so some are written here.
+  optimizers.py, AdamWeightDecayOptimizer: each again as `NAME/adam_m` and `NAME/adam_v`;
+    TensorFlow's `global_step`.
+transformers' load_tf_weights_in_gpt_neo passes over names with `adam` and `global_step`, cuts
+off `gpt2/`, transposes every kernel, and cuts rows that pad the vocabulary, so some are
+written here.
 """
 
 import json
