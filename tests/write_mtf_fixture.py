@@ -11,7 +11,8 @@ Names and shapes, each from EleutherAI/gpt-neo at 23485e3 (and mesh-tensorflow):
     block(): a scope `h{layer}` with `norm_1`, `norm_2`.
   models/layers.py (earlier in gpt2.py): layer_norm() `g`, `b` [n_embd]; attn()
     `attn/compute_output_bias/o_b` [n_embd]; linear() `conv1d_main/NAME`, around
-    mesh_tensorflow/layers.py, dense(): `kernel` [in, out], `bias` [out]; mlp() `c_fc`, `c_proj`.
+    mesh_tensorflow/layers.py, dense(): `kernel` [in, out], `bias` [out]; mlp() `c_fc` and
+    `c_proj`.
   mesh_tensorflow/transformer/attention.py, AttentionParams with combine_dims: `attn/q`,
     `k`, `v` [n_embd, heads × head size], `o` [heads × head size, n_embd].
   optimizers.py, AdamWeightDecayOptimizer: each again as `NAME/adam_m` and `NAME/adam_v`;
