@@ -16,7 +16,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
 def _download(name: str) -> str:
     """The folder of the hub's cache that holds a model, fetched where it is not yet there."""
     import huggingface_hub  # takes a second to import, and is seldom needed
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     # Nothing of the model's folders: other programs' copies, or checkpoints on the way.
     download = functools.partial(huggingface_hub.snapshot_download, ignore_patterns=["*/*"])
@@ -157,8 +157,7 @@ def _download(name: str) -> str:
         folder = download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"])
         if not any(pathlib.Path(folder).glob("*.safetensors")):
             download(name, allow_patterns=["pytorch_model*.bin"])
-    # The bases are OSError and the error of the HTTP library that the hub's client uses.
-    except (*errors.HfHubHTTPError.__bases__, ValueError) as error:
+    except hub_errors() as error:
         if constants.HF_HUB_OFFLINE:
             raise ConfigError(
                 f"{name!r} is neither a local directory nor in the cache "
@@ -172,6 +171,14 @@ def _download(name: str) -> str:
             f"directory."
         ) from None
     return folder
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: its HTTP library's own error, OSError, ValueError."""
+    from huggingface_hub import errors
+
+    bases = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)
+    return (*bases, ValueError)
 
 
 class Weights(NamedTuple):

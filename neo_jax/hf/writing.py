@@ -25,6 +25,7 @@ import safetensors.numpy
 from neo_jax.config import ConfigError, ModelConfig
 from neo_jax.hf import names
 from neo_jax.hf.configs import Head, config_to_hf
+from neo_jax.hf.reading import hub_errors
 from neo_jax.state import Params
 from neo_jax.tokenizer import Tokenizer
 
@@ -157,14 +158,14 @@ def push_to_hub(directory: pathlib.Path, repo_id: str, *, private: bool = True) 
       ConfigError: the hub cannot be reached, or refuses; one line.
     """
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
-    # The bases as in reading.py; RuntimeError is what the client makes of a failed upload.
-    except (*errors.HfHubHTTPError.__bases__, ValueError, RuntimeError) as error:
+    # RuntimeError is what the client makes of a failed upload.
+    except (*hub_errors(), RuntimeError) as error:
         reason = (str(error.__cause__ or error).splitlines() or [""])[0].strip(" .")
         raise ConfigError(
             f"{directory} cannot be uploaded to {constants.ENDPOINT} as {repo_id!r} "
