@@ -174,11 +174,14 @@ def _download(name: str) -> str:
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises: its HTTP library's own error, OSError, ValueError."""
+    """What the hub's client raises: its HTTP library's own error, OSError and others.
+
+    A failed upload, and whatever goes wrong in its Rust half, is a RuntimeError.
+    """
     from huggingface_hub import errors
 
     bases = cast("tuple[type[Exception], ...]", errors.HfHubHTTPError.__bases__)
-    return (*bases, ValueError)
+    return (*bases, ValueError, RuntimeError)
 
 
 class Weights(NamedTuple):

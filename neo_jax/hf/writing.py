@@ -164,8 +164,7 @@ def push_to_hub(directory: pathlib.Path, repo_id: str, *, private: bool = True) 
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
-    # RuntimeError is what the client makes of a failed upload.
-    except (*hub_errors(), RuntimeError) as error:
+    except hub_errors() as error:
         reason = (str(error.__cause__ or error).splitlines() or [""])[0].strip(" .")
         raise ConfigError(
             f"{directory} cannot be uploaded to {constants.ENDPOINT} as {repo_id!r} "
