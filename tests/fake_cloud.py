@@ -342,7 +342,7 @@ def execute(hosts: list[tuple[str, int]], command: str) -> int:
             **os.environ,
             "HOME": str(home),
             "HOSTNAME": home.name,
-            "FAKE_HOST": str(index),
+            "JAX_PROCESS_ID": str(index),  # as a TPU host knows of itself
         }
         running.append(subprocess.Popen(["bash", "-c", command], cwd=home, env=environment))
     codes = [process.wait() for process in running]
