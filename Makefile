@@ -23,7 +23,7 @@ export NEO_JAX_TF_PYTHON ?= $(CURDIR)/$(TF_VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format oracle tf-env clean
+.PHONY: help train test lint format site oracle tf-env clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ lint: $(VENV)/.dev ## Check style, format and types
 format: $(VENV)/.dev ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+site: $(VENV)/.docs ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
 
 oracle: $(VENV)/.oracle ## Add torch, transformers and others, which the tests compare with
 
@@ -66,6 +69,10 @@ $(VENV)/.test: $(VENV)/.created $(DESCRIPTION)
 
 $(VENV)/.dev: $(VENV)/.test
 	$(BIN)/python $(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/python $(PIP_INSTALL) --editable '.[docs]'
 	@touch $@
 
 # torch first and alone: what depends on it then finds it, and pip never looks for another.
