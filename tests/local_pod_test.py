@@ -7,6 +7,7 @@ of its own. The processes talk to each other over the loopback address.
 import json
 import os
 import pathlib
+import shlex
 import signal
 import socket
 import subprocess
@@ -88,8 +89,11 @@ def test_a_pod_of_four_hosts_loses_one_and_goes_on(pod: Cloud) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    while int(state(pod, 0)[2]) < 4:
-        assert first.poll() is None, (first.communicate()[0], logs(pod))
+    # Until some checkpoints are written; tail waits for the file, and for its lines.
+    lines_of = shlex.quote(str(pod.folder / "run" / "metrics.jsonl"))
+    seen = f"tail -n +1 -F {lines_of} 2>/dev/null | grep -m 1 '\"step\": 8,'"
+    subprocess.run(["bash", "-c", seen], check=True, capture_output=True, timeout=900)
+    assert first.poll() is None, (first.communicate()[0], logs(pod))
     pid = int((pod.folder / "hosts/neo-2/neo_jax_jobs/run/pid").read_text().split()[0])
     os.killpg(pid, signal.SIGKILL)
     told, _ = first.communicate(timeout=600)
