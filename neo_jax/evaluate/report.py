@@ -40,8 +40,15 @@ DEFINITIONS: Mapping[str, str] = {
     "mean_match": "tokens that greedy decoding writes verbatim, from the first one on, mean",
     "longest_match": "the most of them",
 }
-# Smaller is better.
-_DOWN = ("perplexity", "bits", "loss", "diff")
+# How a metric is read, by a part of its name; the others are better when higher.
+_READ = {
+    "perplexity": "lower is better",
+    "bits": "lower is better",
+    "loss": "lower is better",
+    "diff": "lower is more even",
+    "stereotype": "50 is even",
+    "match": "less is less by heart",
+}
 # Counts are printed, not judged.
 _COUNTS = ("documents", "tokens", "words", "bytes", "empty_documents")
 
@@ -214,7 +221,8 @@ def _beside(report: Mapping[str, Any]) -> Iterator[str]:
             yield "|---|---|---|"
             for model, value in metric["published"].items():
                 gap = metric["value"] - value
-                yield f"| {model} | {_number(name, value)} | {_number(name, gap, sign=True)} |"
+                ours = _number(name, gap, sign=True).replace(" %", " points")
+                yield f"| {model} | {_number(name, value)} | {ours} |"
             yield ""
 
 
@@ -238,7 +246,7 @@ def _number(name: str, value: float | None, sign: bool = False) -> str:
         return f"{value:,.0f}"
     if _is_share(name):
         return f"{100 * value:{plus}.2f} %"
-    return f"{value:{plus}.4f}"
+    return f"{value:{plus},.1f}" if abs(value) >= 1000 else f"{value:{plus}.4f}"
 
 
 def _is_share(name: str) -> bool:
@@ -249,12 +257,15 @@ def _is_share(name: str) -> bool:
 
 
 def bars(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> bool:
-    """One panel a metric: the models of the reports, and the published ones.
+    """Models side by side: one panel for each published metric, else for a task's first.
 
     Returns:
       Whether there was anything to draw.
     """
     cells = [cell for cell in _cells(reports) if cell[1] not in _COUNTS]
+    known = [cell for cell in cells if published.figures(*cell)]
+    firsts = {task: (task, name) for task, name in reversed(cells)}
+    cells = [c for c in cells if c in known or (firsts[c[0]] == c and c[0] not in dict(known))]
     if not cells:
         return False
     from matplotlib import figure  # takes a second to import
@@ -281,8 +292,8 @@ def _draw_bars(axis: Any, reports: Sequence[Mapping[str, Any]], task: str, name:
     colours = ["#b8c4ce"] * len(others) + ["#1f77b4"] * len(ours)
     axis.barh(range(len(labels)), values, xerr=errors, color=colours)
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
-    axis.invert_yaxis()
-    better = "lower is better" if any(word in name for word in _DOWN) else "higher is better"
+    axis.set_ylim(max(len(labels), 5) - 0.5, -0.5)  # the first on top, no bar too fat
+    better = next((how for part, how in _READ.items() if part in name), "higher is better")
     percent = ", %" if unit == 100 else ""
     axis.set_title(f"{task}: {name}{percent}\n({better})", fontsize=9)
     if unit != 100 and max(values) > 50 * max(min(values), 1e-9):
