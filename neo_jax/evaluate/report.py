@@ -298,6 +298,8 @@ def _draw_bars(axis: Any, reports: Sequence[Mapping[str, Any]], task: str, name:
     axis.set_title(f"{task}: {name}{percent}\n({better})", fontsize=9)
     if unit != 100 and max(values) > 50 * max(min(values), 1e-9):
         axis.set_xscale("log")
+    else:
+        axis.set_xlim(left=0)
 
 
 def radar(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> bool:
@@ -322,8 +324,8 @@ def radar(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> bool:
     axis.set_xticks(angles, tasks, fontsize=8)
     axis.set_ylim(0, 100)
     axis.set_title("accuracy, %", fontsize=10)
-    axis.legend(loc="lower right", bbox_to_anchor=(1.25, -0.05), fontsize=8)
-    drawing.savefig(path, dpi=110)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.1, 1.05), fontsize=8)
+    drawing.savefig(path, dpi=110, bbox_inches="tight")
     return True
 
 
