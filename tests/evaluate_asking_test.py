@@ -171,18 +171,18 @@ def test_documents_come_with_their_groups(tmp_path) -> None:
 def test_memory_is_counted_from_the_first_token_on(words: Tokenizer) -> None:
     """Even ids are what the model would write."""
     even = [i for i in range(1000, 2000) if i % 2 == 0]
-    texts = [Text(words.decode(even[:40]), "")]
-    ids = words.encode(texts[0].scored)
+    texts = [Text(words.decode(even[i : i + 40]), "") for i in (0, 100)]
+    encoded = [words.encode(text.scored) for text in texts]
     asker = Asker(flat, words, max_seq_len=64)
     outcome = memorisation.check(texts, asker, "here", prompt=4, length=3, samples=500)
-    places = range(len(ids) - 6)
     matches = []
-    for place in places:
-        after = ids[place + 4 : place + 7]
-        matches.append(next((i for i, t in enumerate(after) if t % 2), 3))
+    for ids in encoded:
+        for place in range(len(ids) - 6):
+            after = ids[place + 4 : place + 7]
+            matches.append(next((i for i, t in enumerate(after) if t % 2), 3))
     assert outcome.num_samples == len(matches)
     assert outcome.metrics["exact_match"].value == pytest.approx(np.mean(np.equal(matches, 3)))
     assert outcome.metrics["mean_match"].value == pytest.approx(np.mean(matches))
     assert outcome.metrics["longest_match"].value == max(matches)
-    with pytest.raises(ConfigError, match="none of 1 documents has the 200 tokens"):
+    with pytest.raises(ConfigError, match="none of 2 documents has the 200 tokens"):
         memorisation.check(texts, asker, "here", prompt=100, length=100)

@@ -151,14 +151,14 @@ def asker(nats_of: dict[str, float]) -> Asker:
 
 
 def test_choices_are_judged_by_sum_by_character_and_by_byte() -> None:
-    nats = {" aa": -3.0, " éé": -2.8, " bbbbbb": -4.0}
+    nats = {" aa": -3.0, " éé": -2.8, " bbbbbb": -4.5}
     item = prompts.choices("Q", ["aa", "éé", "bbbbbb"], 1)
-    # Sums: éé. Per character: −1.5, −1.4, −0.67. Per byte: −1.5, −0.7, −0.67.
+    # Sums: éé. Per character: −1.5, −1.4, −0.75. Per byte: −1.5, −0.7, −0.75.
     outcome = tasks.run(tasks.find("piqa"), [item], asker(nats), "here")
     assert {name: figure.value for name, figure in outcome.metrics.items()} == {
         "acc": 1.0,
         "acc_norm": 0.0,
-        "acc_bytes": 0.0,
+        "acc_bytes": 1.0,
     }
     three = [prompts.choices("Q", ["aa", "éé", "bbbbbb"], gold) for gold in (1, 1, 2)]
     acc = tasks.run(tasks.find("piqa"), three, asker(nats), "here").metrics["acc"]

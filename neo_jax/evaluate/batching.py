@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 _LENGTH_STEP = 16  # rows are padded at least to a multiple of this
 _MOST_BUCKETS = 6
-_MOST_TOKENS_AT_ONCE = 512  # scored tokens of a shard whose logits exist at one time
+_MOST_TOKENS_AT_ONCE = 128  # scored tokens of a shard whose logits exist at one time
 
 
 class Request(NamedTuple):

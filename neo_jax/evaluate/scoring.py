@@ -205,7 +205,11 @@ def _log_probs(
         logits_SCV = jnp.where(is_real_V, logits_SCV, -jnp.inf)
         target_SC = jnp.take_along_axis(logits_SCV, targets_SC[..., None], axis=-1)[..., 0]
         log_probs_SC = target_SC - jax.nn.logsumexp(logits_SCV, axis=-1)
-        return log_probs_SC, jnp.argmax(logits_SCV, axis=-1) == targets_SC
+        # The likeliest, or the first of several, as argmax has it; which is slow on a CPU.
+        target_SC1, place_SC1 = target_SC[..., None], targets_SC[..., None]
+        is_before_SCV = jnp.arange(head_VD.shape[0]) < place_SC1
+        beaten_SCV = (logits_SCV > target_SC1) | ((logits_SCV == target_SC1) & is_before_SCV)
+        return log_probs_SC, ~jnp.any(beaten_SCV, axis=-1)
 
     def into_blocks(x_SQ: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_SQ.reshape(S, -1, block), 1, 0)
