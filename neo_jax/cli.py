@@ -17,6 +17,7 @@ VERBS = {
     "checkpoint": ("neo_jax.checkpoint", "list, describe, verify or thin out checkpoints"),
     "evaluate": ("neo_jax.evaluate", "score a model: perplexity, benchmarks, a report"),
     "generate": ("neo_jax.generate", "continue prompts with a model"),
+    "plan": ("neo_jax.plan", "what a TPU would need and take for a training step"),
     "convert": ("neo_jax.convert", "turn weights from one format into another"),
     "doctor": ("neo_jax.doctor", "tell what this machine has, and what is wrong with it"),
 }

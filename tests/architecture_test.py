@@ -46,6 +46,7 @@ WAY = (
     "stablehlo",
     "serve",
     "pretrain",
+    "planning",
     "__init__",
     "completion",
     # Commands: from here everything is in reach but each other.
