@@ -92,7 +92,7 @@ def compile_step(config: Config, topology: Topology) -> Report:
     else:
         needed = _hbm_bytes(compiled.memory_analysis())
         places = predict.places(list(mesh.devices.flat))
-        prediction = predict.predict(hlo.parse(compiled.as_text()), topology, places)
+        prediction = predict.predict(hlo.parse(compiled.as_text() or ""), topology, places)
     return _report(config, topology, mesh, needed, prediction, time.monotonic() - began)
 
 
@@ -128,7 +128,7 @@ def bare_product_share(topology: Topology, size: int = 8192) -> float:
     place = jax.sharding.SingleDeviceSharding(device)
     square = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=place)
     compiled = jax.jit(jnp.matmul).lower(square, square).compile()
-    program = hlo.parse(compiled.as_text())
+    program = hlo.parse(compiled.as_text() or "")
     prediction = predict.predict(program, topology, predict.places([device]))
     chip = topology.generation
     return prediction.flops / prediction.seconds / (chip.peak_flops / chip.devices)
@@ -175,7 +175,8 @@ def _report(
     seconds: float,
 ) -> Report:
     limit = topology.generation.hbm_limit_gib * GIB
-    rates: dict[str, float | None] = dict.fromkeys(("tokens", "exact", "palm"))
+    seconds_a_step = prediction.seconds if prediction else None
+    rates: dict[str, float] = {}
     if prediction is not None:
         tokens = config.data.batch_size * config.data.seq_len
         rates["tokens"] = tokens / prediction.seconds / topology.chips
@@ -191,17 +192,17 @@ def _report(
         hbm_gib=needed / GIB,
         hbm_limit_gib=limit / GIB,
         over_by_gib=0.0 if prediction is not None else (needed - limit) / GIB,
-        predicted_step_seconds=prediction and prediction.seconds,
+        predicted_step_seconds=seconds_a_step,
         predicted_step_seconds_without_overlap=(
-            prediction and prediction.seconds_without_overlap
+            prediction.seconds_without_overlap if prediction else None
         ),
-        predicted_tokens_per_second_per_chip=rates["tokens"],
-        predicted_mfu_exact=rates["exact"],
-        predicted_mfu_palm=rates["palm"],
+        predicted_tokens_per_second_per_chip=rates.get("tokens"),
+        predicted_mfu_exact=rates.get("exact"),
+        predicted_mfu_palm=rates.get("palm"),
         seconds_by_part=dict(prediction.parts) if prediction else {},
         exposed_seconds=dict(prediction.exposed) if prediction else {},
-        ici_gib=prediction and prediction.ici_bytes / GIB,
-        dcn_gib=prediction and prediction.dcn_bytes / GIB,
+        ici_gib=prediction.ici_bytes / GIB if prediction else None,
+        dcn_gib=prediction.dcn_bytes / GIB if prediction else None,
         mesh=dict(mesh.shape),
         batch_size=config.data.batch_size,
         seq_len=config.data.seq_len,

@@ -219,8 +219,9 @@ def _instruction(line: str) -> Instruction:
     close = _closing(rest, len(opcode))
     inside = rest[len(opcode) + 1 : close]
     attributes = rest[close + 1 :].lstrip(", ")
+    operands: tuple[str, ...] = ()
     if opcode in ("parameter", "constant"):
-        attributes, operands = f"{inside}, {attributes}", ()
+        attributes = f"{inside}, {attributes}"
     else:
         operands = tuple(_operand_names(inside))
     return Instruction(

@@ -116,14 +116,17 @@ def predict(program: Program, topology: Topology, places: Sequence[Place]) -> Pr
     )
 
 
+_Sums = collections.defaultdict[str, float]
+
+
 @dataclasses.dataclass
 class _Totals:
     """Of a computation, all its loops included."""
 
     seconds: float = 0.0
-    parts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    exposed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    parts: _Sums = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    exposed: _Sums = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    counts: _Sums = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
     def add(self, other: _Totals, times: int = 1) -> None:
         self.seconds += other.seconds * times

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from neo_jax import config as config_lib
 from neo_jax import metrics, sharding, state
@@ -135,10 +136,11 @@ def _settings(config: Config, topology: Topology) -> Iterator[Config]:
             continue
         mesh = config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
         for steps, remat in itertools.product(_powers(rows), REMAT):
+            how: dict[str, Any] = {"remat": remat}
             yield dataclasses.replace(
                 config,
                 mesh=mesh,
-                model=dataclasses.replace(model, remat=remat),
+                model=dataclasses.replace(model, **how),
                 train=dataclasses.replace(config.train, accumulation_steps=steps),
             )
 

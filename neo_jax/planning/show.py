@@ -57,7 +57,7 @@ def sharding_table(config: Config, topology: Topology) -> str:
 
 
 def _axes(leaf: jax.ShapeDtypeStruct) -> list[tuple[str, ...]]:
-    spec = tuple(leaf.sharding.spec)  # type: ignore[union-attr]
+    spec = tuple(leaf.sharding.spec)
     spec += (None,) * (len(leaf.shape) - len(spec))
     return [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
 
