@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="folder of the corpora")
     parser.add_argument("--tfds_dir", help="where TFDS's own builder wrote")
+    parser.add_argument("--only", default="", help="corpora whose name holds this")
     arguments = parser.parse_args()
     tokenizer = tokenizers.load("gpt2")
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +46,8 @@ def main() -> None:
             corpora["tiny_shakespeare, built by TFDS with TensorFlow"] = DataConfig(
                 source="tfds:tiny_shakespeare", tfds_dir=arguments.tfds_dir
             )
-        for label, config in corpora.items():
+        for label in filter(lambda name: arguments.only in name, corpora):
+            config = corpora[label]
             config = dataclasses.replace(config, holdout_every=0, seq_len=SEQ_LEN)
             print(check(label, config, work / "tokens" / label, tokenizer), flush=True)
     assert "tensorflow" not in sys.modules

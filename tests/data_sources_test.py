@@ -6,6 +6,8 @@ import json
 import lzma
 import os
 import pathlib
+import subprocess
+import sys
 
 import fsspec
 import numpy as np
@@ -246,6 +248,24 @@ def test_tfds_prepared_by_hand(tmp_path):
     found = texts("tfds:tiny", tfds_dir=str(tmp_path))
     assert sorted(found) == sorted(TEXTS)
     assert texts(tmp_path / "tiny" / "1.0.0") == found
+
+
+@pytest.mark.slow
+def test_tfds_builds_its_own_set_from_files(data_folder, tmp_path):
+    python = os.environ.get("NEO_JAX_TF_PYTHON")
+    if not python:
+        pytest.skip("needs TensorFlow in an environment of its own: make tf-env")
+    texts_at = data_folder / "tinyshakespeare"
+    line = [python, "-m", "neo_jax.prepare", "--build_tfds", "tiny_shakespeare"]
+    line += ["--manual_dir", str(texts_at), "--tfds_dir", str(tmp_path)]
+    subprocess.run(line, check=True, capture_output=True)
+    found = [
+        text
+        for split in ("train", "validation", "test")
+        for text in texts(f"tfds:tiny_shakespeare?split={split}", tfds_dir=str(tmp_path))
+    ]
+    assert len(found) == 3 and "".join(found) == (texts_at / "input.txt").read_text()
+    assert "tensorflow" not in sys.modules
 
 
 def test_a_tfds_set_that_is_not_there_names_the_way_to_build_it(tmp_path):
