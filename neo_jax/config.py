@@ -32,6 +32,19 @@ class ConfigError(ValueError):
 # ------------------------------------------------------------------------------ sections
 
 
+# Tensors that a rematerialisation policy may keep, in the order of the forward pass.
+# "residual" is what runs from layer to layer inside a period.
+REMAT_TENSORS = (
+    "query",
+    "key",
+    "value",
+    "context",
+    "attention_out",
+    "mlp_up",
+    "residual",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT-Neo and how it is computed.
@@ -60,7 +73,13 @@ class ModelConfig:
     # "auto": by the machine, see attention/__init__.py.
     attention: Literal["auto", "reference", "banded", "splash", "cudnn"] = "auto"
     scan_layers: bool = True  # one compiled period, run in a loop; false unrolls it
-    remat: Literal["none", "full"] = "none"  # "full": recompute each period in backward
+    # What the backward pass recomputes of each period of layers: "none" of it, "full": all;
+    # "minimal": all but the matrix products, "custom": all but the tensors that are saved
+    # on the device (remat_save) or in the host's memory (remat_offload). Their names:
+    # query, key, value, context, attention_out, mlp_up, residual.
+    remat: Literal["none", "full", "minimal", "custom"] = "none"
+    remat_save: tuple[str, ...] = ()
+    remat_offload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mlp_dim == 0:
@@ -72,6 +91,7 @@ class ModelConfig:
             "num_layers embed_dim num_heads mlp_dim window_size vocab_size vocab_multiple "
             "max_seq_len layer_norm_eps",
         )
+        self._check_remat()
         if self.embed_dim % self.num_heads:
             near = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             near = sorted(sorted(near, key=lambda n: abs(n - self.num_heads))[:4])
@@ -79,6 +99,27 @@ class ModelConfig:
                 f"model.num_heads={self.num_heads} does not divide "
                 f"model.embed_dim={self.embed_dim}; the nearest that do: "
                 f"{', '.join(map(str, near))}."
+            )
+
+    def _check_remat(self) -> None:
+        names = (*self.remat_save, *self.remat_offload)
+        for name in names:
+            if name not in REMAT_TENSORS:
+                raise ConfigError(
+                    f"model.remat_save or model.remat_offload: {name!r} is unknown"
+                    f"{_did_you_mean(name, REMAT_TENSORS)}; there are "
+                    f"{', '.join(REMAT_TENSORS)}."
+                )
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"model.remat_save and model.remat_offload name a tensor twice: "
+                f"{', '.join(names)}."
+            )
+        if bool(names) != (self.remat == "custom"):
+            raise ConfigError(
+                f"model.remat={self.remat!r} with model.remat_save={list(self.remat_save)} "
+                f"and model.remat_offload={list(self.remat_offload)}: names of tensors go "
+                f"with model.remat='custom', and only with it."
             )
 
     def _smallest_period(self) -> tuple[str, ...]:
@@ -196,16 +237,26 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, which takes what is left."""
+    """Devices along each mesh axis; one of them may be -1, which takes what is left.
 
+    `mesh` may be the name of a preset instead: see MESH_PRESETS.
+    """
+
+    # Groups of devices with fast links inside and a data-centre network between them; -1:
+    # as many as the devices say. The axes below are those of one slice: the batch is split
+    # over slices, too, and parameters are copied to each.
+    slices: int = 1
     data: int = 1  # the batch is split, parameters are copied
     fsdp: int = -1  # the batch and the parameters are split
     tensor: int = 1  # heads, mlp and vocabulary are split
     context: int = 1  # the sequence is split
+    # When a device gathers the weights that fsdp splits: "layer", as each layer needs them,
+    # or "step", all layers at once, which spares the backward pass a second gathering.
+    gather: Literal["layer", "step"] = "layer"
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
-        for axis, size in sizes.items():
+        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "context")}
+        for axis, size in {"slices": self.slices, **sizes}.items():
             if size < 1 and size != -1:
                 raise ConfigError(f"mesh.{axis}={size} must be positive, or -1 for the rest.")
         if list(sizes.values()).count(-1) > 1:
@@ -407,6 +458,38 @@ PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
 )
 
 
+# Meshes by name: `--config.mesh=fsdp_tensor`, with `--config.mesh.tensor=2` after it.
+MESH_PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {
+        # Small models: every device holds all parameters.
+        "data": {"data": -1, "fsdp": 1},
+        # The default. Every device holds a part of every parameter.
+        "fsdp": {"fsdp": -1},
+        # Fewer sequences than devices: four devices share one. 4 divides every released
+        # model's heads; 8 does not divide 2.7B's 20.
+        "fsdp_tensor": {"fsdp": -1, "tensor": 4},
+        # Long sequences: four devices share one, each a part of it.
+        "fsdp_context": {"fsdp": -1, "context": 4},
+        # Several slices: `fsdp` inside each, copies over the network between them.
+        "hybrid": {"slices": -1, "fsdp": -1},
+    }
+)
+
+
+def mesh_preset(name: str) -> ConfigDict:
+    """The `mesh` section of that name, complete and open to change.
+
+    Raises:
+      ConfigError: no preset has that name.
+    """
+    if name not in MESH_PRESETS:
+        raise ConfigError(
+            f"mesh preset {name!r} is unknown{_did_you_mean(name, MESH_PRESETS)}; "
+            f"there are {', '.join(MESH_PRESETS)}."
+        )
+    return ConfigDict({**_defaults(MeshConfig), **MESH_PRESETS[name]}, type_safe=False)
+
+
 def preset(name: str) -> ConfigDict:
     """The `model` section of a released shape, complete and open to change.
 
@@ -449,14 +532,15 @@ def build(config: Mapping[str, Any] | ConfigDict) -> Config:
 
     Args:
       config: sections of keys, as `default_config` returns; missing keys take defaults.
-        `model` may be the name of a preset.
+        `model` and `mesh` may be the name of a preset.
 
     Raises:
       ConfigError: an unknown key, a wrong type or a contradiction; one line.
     """
     tree = _plain(config)
-    if isinstance(tree.get("model"), str):
-        tree["model"] = preset(tree["model"]).to_dict()
+    for section in ("model", "mesh"):
+        if isinstance(tree.get(section), str):
+            tree[section] = _preset_of(section, tree[section])
     return _build(Config, tree, "")
 
 
@@ -503,6 +587,10 @@ def experiment_names() -> list[str]:
 
 
 # ------------------------------------------------------------------------------- in detail
+
+
+def _preset_of(section: str, name: str) -> dict[str, Any]:
+    return (mesh_preset if section == "mesh" else preset)(name).to_dict()
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -661,13 +749,15 @@ def _override(tree: dict[str, Any], text: str) -> None:
         hints = _hints(hints[parent])
         inner = node.setdefault(parent, {})
         if isinstance(inner, str):  # a preset's name
-            node[parent] = inner = preset(inner).to_dict()
+            node[parent] = inner = _preset_of(parent, inner)
         node = inner
     if key not in hints:
         raise ConfigError(_unknown_key(path, key, hints))
     # Text stays text, also where it looks like a number: data.eval_source=2020.
     value = _literal(raw)
     is_text = hints[key] is str or (hints[key] == str | None and value is not None)
+    if path in ("model", "mesh"):  # a preset's name
+        is_text = True
     node[key] = raw if is_text else value
 
 

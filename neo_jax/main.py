@@ -27,6 +27,11 @@ examples:
     python -m neo_jax.main --config experiments/neo_125m.py --workdir runs/mine \\
         --config.data.source=/data/text --config.optimizer.warmup_steps=500
   go on after an interruption: the same command again
+  on every host of a TPU pod:
+    python -m neo_jax.main --config neo_1p3b --workdir /shared/run --coordinator auto
+  two processes on one machine (4 simulated devices each: XLA_FLAGS), in two shells:
+    python -m neo_jax.main --config cpu_smoke --workdir runs/two \\
+        --coordinator localhost:9876 --num_processes 2 --process_id 0   # and 1
 
 experiments by name: {names}
 settings and their defaults: neo_jax/config.py
@@ -46,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         that diverged, a lost process); 75 where it was told to stop, and saved; 130 where
         it was interrupted. After 75 and 130 the same command resumes.
     """
-    name, workdir, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    flags, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    workdir = flags.workdir
     try:
-        config = config_lib.load_experiment(name, overrides)
+        config = config_lib.load_experiment(flags.config, overrides)
         host_memory.keep_freed_memory()  # before JAX starts its threads
         compilation.use_cache()
+        join(flags.coordinator, flags.num_processes, flags.process_id)
         TASKS[config.task](config, workdir)
     except (CheckpointError, DivergedError) as error:
         print(f"neo_jax: {error}", file=sys.stderr)
@@ -75,8 +82,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, list[str]]:
-    """Experiment, workdir, and overrides as `section.key=value`."""
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Makes this process one of those that train together; before JAX looks for devices.
+
+    Args:
+      coordinator: host:port of process 0, "auto" where the cluster tells everything (Cloud
+        TPU pods, Slurm, and others that `jax.distributed.initialize` knows), or None.
+      num_processes: how many there are.
+      process_id: which this is, from 0.
+
+    Raises:
+      ConfigError: half of it is said, or the others do not answer.
+    """
+    if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise ConfigError(
+                "--num_processes and --process_id go with --coordinator HOST:PORT."
+            )
+        return
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize()
+            return
+        if num_processes is None or process_id is None:
+            raise ConfigError(
+                f"--coordinator {coordinator} needs --num_processes and --process_id."
+            )
+        if not 0 <= process_id < num_processes:
+            raise ConfigError(
+                f"--process_id {process_id} must lie in 0 … --num_processes-1 = "
+                f"{num_processes - 1}."
+            )
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--coordinator {coordinator}: {reason}") from None
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and overrides as `section.key=value`."""
     parser = argparse.ArgumentParser(
         prog="python -m neo_jax.main",
         description="Trains an experiment, or goes on with it.",
@@ -89,6 +135,26 @@ def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, list[str]]:
     )
     parser.add_argument(
         "--workdir", required=True, type=pathlib.Path, help="folder of the run's results"
+    )
+    environment = os.environ.get
+    several = parser.add_argument_group("several processes, one command in each")
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        default=environment("JAX_COORDINATOR_ADDRESS"),
+        help="of process 0, or auto on a TPU pod; default: $JAX_COORDINATOR_ADDRESS",
+    )
+    several.add_argument(
+        "--num_processes",
+        type=int,
+        default=environment("JAX_NUM_PROCESSES"),
+        help="default: $JAX_NUM_PROCESSES",
+    )
+    several.add_argument(
+        "--process_id",
+        type=int,
+        default=environment("JAX_PROCESS_ID"),
+        help="of this one, from 0; default: $JAX_PROCESS_ID",
     )
     parser.add_argument(
         "--config.SECTION.KEY",
@@ -106,7 +172,7 @@ def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, list[str]]:
         if "=" not in flag and rest and not rest[0].startswith("--"):
             flag += "=" + rest.pop(0)
         overrides.append(flag.removeprefix("--config."))
-    return known.config, known.workdir, overrides
+    return known, overrides
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from neo_jax import attention
-from neo_jax.config import ModelConfig
+from neo_jax.config import REMAT_TENSORS, ModelConfig
 from neo_jax.sharding import constrain, target
 
 Ids = Int[Array, "batch seq"]
@@ -70,6 +71,21 @@ def init_stddevs(config: ModelConfig) -> dict[str, float]:
         "down": 0.02 / config.num_layers**0.5,
         "head": 0.02,
     }
+
+
+def remat_policy(config: ModelConfig) -> Callable[..., Any]:
+    """Which tensors of a period the backward pass finds saved; see config.py for the names."""
+    policies = jax.checkpoint_policies
+    if config.remat == "full":
+        return policies.nothing_saveable
+    if config.remat == "minimal":
+        return policies.save_only_these_names(*REMAT_TENSORS)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=config.remat_save,
+        names_which_can_be_offloaded=config.remat_offload,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def _param(config: ModelConfig, value: Array, names: tuple[str, ...]) -> nnx.Param:
@@ -180,7 +196,7 @@ class Attention(nnx.Module):
             segment_ids=segment_ids,
             path=self.path,
         )
-        return self.out(context_BTNH)
+        return checkpoint_name(self.out(context_BTNH), "attention_out")
 
     def remembering(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
         """Attends to what the memory holds, and to `x`, which it holds from then on."""
@@ -188,9 +204,10 @@ class Attention(nnx.Module):
         return self.out(context_BTNH), memory
 
     def _heads(self, x: Hidden) -> tuple[Array, ...]:
+        projections = ("query", self.query), ("key", self.key), ("value", self.value)
         return tuple(
-            constrain(project(x), "batch", "seq", "heads", None)
-            for project in (self.query, self.key, self.value)
+            checkpoint_name(constrain(project(x), "batch", "seq", "heads", None), name)
+            for name, project in projections
         )
 
 
@@ -219,7 +236,7 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Hidden) -> Hidden:
-        h_BTF = constrain(self.up(x), "batch", "seq", "mlp")
+        h_BTF = checkpoint_name(constrain(self.up(x), "batch", "seq", "mlp"), "mlp_up")
         return self.down(ACTIVATIONS[self.activation](h_BTF))
 
 
@@ -338,12 +355,19 @@ class NeoLM(nnx.Module):
 
         def run_period(x: Hidden, weights_of_period: nnx.State) -> tuple[Hidden, None]:
             for i, attention_type in enumerate(config.attention_types):
+                if i:  # before the first it is the loop's own, and kept by it
+                    x = checkpoint_name(x, "residual")
                 one_layer = jax.tree.map(lambda w, i=i: w[i], weights_of_period)
                 x = nnx.merge(graph, one_layer)(x, attention_type, segment_ids)
             return x, None
 
-        if config.remat == "full":
-            run_period = jax.checkpoint(run_period)
+        if config.remat != "none":
+            # A scan keeps the compiler from undoing it; unrolled, it has to be told.
+            run_period = jax.checkpoint(
+                run_period,
+                policy=remat_policy(config),
+                prevent_cse=not config.scan_layers,
+            )
         # [layers, …] → [periods, period, …]: the layout of checkpoints knows no period.
         weights = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), weights)
         if config.scan_layers:

@@ -64,13 +64,14 @@ class Pretraining:
         preflight(config, self.abstract)
         open_workdir(config, workdir)
         self.tokenizer = _load_tokenizer(config, workdir)
+        share = sharding.host_share(self.mesh, config.data.batch_size)
         self.data = pipeline.build(
             config.data,
             self.tokenizer,
             seed=config.train.seed,
             split="train",
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=share[0],
+            process_count=share[1],
         )
         self.held_out = _held_out(config, self.tokenizer)
         self.benchmarks = in_loop.Benchmarks(
@@ -262,8 +263,9 @@ class Pretraining:
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Every host has the whole text at hand and gives the mesh its own rows."""
-        rows = self._eval_batch_size // jax.process_count()
-        first = rows * jax.process_index()
+        index, count = sharding.host_share(self.mesh, self._eval_batch_size)
+        rows = self._eval_batch_size // count
+        first = rows * index
         own = {key: array[first : first + rows] for key, array in batch.items()}
         return train.place_batch(own, self.mesh, self._eval_batch_size)
 
@@ -346,7 +348,14 @@ def write_config(config: Config, workdir: pathlib.Path) -> None:
 
 
 # How a model is computed may change from one start to the next; what it is may not.
-_HOW = ("compute_dtype", "attention", "scan_layers", "remat")
+_HOW = (
+    "compute_dtype",
+    "attention",
+    "scan_layers",
+    "remat",
+    "remat_save",
+    "remat_offload",
+)
 
 
 def _refuse_another_run(before: Config, now: Config, workdir: pathlib.Path) -> None:

@@ -96,30 +96,79 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       config: sizes of the axes; one may be -1, which takes the devices that are left.
-      devices: those to use; left out, all of every host.
+      devices: those to use; left out, all of every host. Of several slices, `data` spans
+        them all.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or the devices lie in
+        other slices than the config says.
     """
-    devices = jax.devices() if devices is None else devices
+    slices = _by_slice(config, list(jax.devices() if devices is None else devices))
+    sizes = _axis_sizes(config, len(slices[0]))
+    # Auto, not Explicit: the partitioner propagates shardings through the model's einsums.
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    parts = [
+        jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+        for devices in slices
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    # Slices lie behind one another along `data`, so that only its sums cross the network.
+    together = np.concatenate([part.devices for part in parts], MESH_AXES.index("data"))
+    return Mesh(together, MESH_AXES, axis_types=types)
+
+
+def _by_slice(config: MeshConfig, devices: list[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each slice: as they say, or where they do not, in equal parts."""
+    groups: dict[int, list[jax.Device]] = {}
+    says = devices[0].platform == "tpu"
+    for device in devices:
+        # A chip of a topology of one slice does not know which it is of.
+        index = getattr(device, "slice_index", 0) if says else 0
+        groups.setdefault(index, []).append(device)
+    wanted = len(groups) if config.slices == -1 else config.slices
+    if says and wanted != len(groups):
+        raise ConfigError(
+            f"mesh.slices={config.slices}, but the devices lie in {len(groups)}; "
+            f"use mesh.slices={len(groups)}, or -1."
+        )
+    if len(groups) == wanted:
+        return [groups[index] for index in sorted(groups)]
+    if len(devices) % wanted:
+        raise ConfigError(
+            f"mesh.slices={wanted} does not divide {len(devices)} devices; "
+            f"use a number that does."
+        )
+    size = len(devices) // wanted
+    return [devices[at : at + size] for at in range(0, len(devices), size)]
+
+
+def _axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Sizes of the axes inside a slice of `num_devices`."""
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     for axis, size in sizes.items():
         if size == -1:
-            sizes[axis] = max(1, len(devices) // fixed)
-    if int(np.prod(list(sizes.values()))) != len(devices):
+            sizes[axis] = max(1, num_devices // fixed)
+    if int(np.prod(list(sizes.values()))) != num_devices:
         shape = " × ".join(f"{axis}={getattr(config, axis)}" for axis in MESH_AXES)
+        of_slice = "" if config.slices == 1 else " of a slice"
         raise ConfigError(
-            f"mesh {shape} does not make up {len(devices)} devices; "
-            f"set one axis to -1 to take the rest, and let the others divide {len(devices)}."
+            f"mesh {shape} does not make up {num_devices} devices{of_slice}; "
+            f"set one axis to -1 to take the rest, and let the others divide {num_devices}."
         )
-    # Auto, not Explicit: the partitioner propagates shardings through the model's einsums.
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    return sizes
+
+
+def axes_of(name: str, axis_sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that the table splits a logical axis over, those of size 1 left out.
+
+    Raises:
+      ValueError: the table does not hold that name.
+    """
+    if name not in TABLE:
+        raise ValueError(f"logical axis {name!r} is unknown; there are {', '.join(TABLE)}.")
+    return tuple(axis for axis in TABLE[name] or () if axis_sizes[axis] > 1)
 
 
 def partition_spec(
@@ -143,12 +192,7 @@ def partition_spec(
     spec: list[tuple[str, ...] | None] = []
     taken: dict[str, str] = {}
     for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in TABLE:
-            raise ValueError(
-                f"logical axis {name!r} is unknown; there are {', '.join(TABLE)}."
-            )
-        axes = (TABLE[name] if name is not None else None) or ()
-        axes = tuple(axis for axis in axes if axis_sizes[axis] > 1)
+        axes = () if name is None else axes_of(name, axis_sizes)
         for axis in axes:
             if axis in taken:
                 raise ValueError(
@@ -208,6 +252,102 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
     return jax.tree_util.tree_map_with_path(
         place, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+
+
+def constrain_params(tree: Any, params: Any, *, gathered: bool) -> Any:
+    """Tells the partitioner where parameters, or their gradients, live inside a program.
+
+    Args:
+      tree: arrays, nested as `nnx.to_pure_dict(params)`.
+      params: as for `param_shardings`.
+      gathered: whether what `fsdp` splits is to be whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    sizes = dict(mesh.shape) | ({"fsdp": 1} if gathered else {})
+
+    def spec(param: nnx.Variable) -> PartitionSpec:
+        return partition_spec(param.get_metadata()["out_sharding"], param.shape, sizes)
+
+    specs = jax.tree.map(spec, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, nnx.to_pure_dict(specs))
+
+
+def host_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which part of every batch this process loads.
+
+    Returns:
+      Its index and the number of parts: the batch's rows index/count … (index+1)/count.
+      Processes that share sequences load the same part.
+
+    Raises:
+      ConfigError: the batch does not divide, or this process' devices hold rows that are
+        not one such part.
+    """
+    places = batch_sharding(mesh, (batch_size, mesh.shape["context"]))
+    shape = (batch_size, mesh.shape["context"])
+    rows: set[int] = set()
+    for index in places.addressable_devices_indices_map(shape).values():
+        assert index is not None
+        rows |= set(range(*index[0].indices(batch_size)))
+    first, count = min(rows), batch_size // len(rows)
+    if rows != set(range(first, first + len(rows))) or first % len(rows):
+        raise ConfigError(
+            f"mesh: the devices of process {jax.process_index()} hold {len(rows)} of "
+            f"{batch_size} sequences that are no part of the batch in one piece; let "
+            f"mesh.tensor × mesh.context divide its {jax.local_device_count()} devices."
+        )
+    return first // len(rows), count
+
+
+def describe(params: Any, mesh: Mesh) -> str:
+    """The plan in words: the mesh, and for each parameter what one device holds of it.
+
+    Args:
+      params: as for `param_shardings`.
+      mesh: where they lie.
+
+    Raises:
+      ConfigError: as `param_shardings`.
+    """
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    rows = [("parameter", "dimension (÷ mesh axes)", "a device holds", "MiB")]
+    here = total = 0
+    places = jax.tree.leaves(param_shardings(params, mesh))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    for (path, param), place in zip(leaves, places, strict=True):
+        part = place.shard_shape(param.shape)
+        words = []
+        for name, size in zip(param.get_metadata()["out_sharding"], param.shape, strict=True):
+            over = [f"{axis} {mesh.shape[axis]}" for axis in axes_of(name, dict(mesh.shape))]
+            words.append(f"{name} {size}" + "".join(f" ÷ {axis}" for axis in over))
+        num_bytes = int(np.prod(part)) * param.dtype.itemsize
+        here, total = here + num_bytes, total + param.size * param.dtype.itemsize
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        shape = " × ".join(map(str, part))
+        rows.append((name, ", ".join(words), shape, f"{num_bytes / 2**20:,.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    kind = mesh.devices.flat[0].device_kind
+    activations = ", ".join(
+        f"{name} ÷ {' × '.join(parts)}"
+        for name in TABLE
+        if (parts := axes_of(name, dict(mesh.shape))) and name != "embed"
+    )
+    return "\n".join(
+        [
+            f"mesh: {axes} = {mesh.size} × {kind}",
+            f"activations: {activations or 'whole on every device'}",
+            *(
+                "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False))
+                + f"  {row[3]:>9}"
+                for row in rows
+            ),
+            f"parameters of a device: {here / 2**20:,.1f} MiB of {total / 2**20:,.1f}",
+        ]
     )
 
 

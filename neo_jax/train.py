@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Num
 
 from neo_jax import loss as loss_lib
-from neo_jax import optimizer, sharding
+from neo_jax import optimizer, sharding, xla_flags
 from neo_jax.checkpoint import Checkpointer
 from neo_jax.config import Config
 from neo_jax.data.pipeline import Pipeline
 from neo_jax.metrics import Throughput, Writer
-from neo_jax.model import NeoLM
+from neo_jax.model import NeoLM, compute_dtype
 from neo_jax.state import Params, TrainState
 from neo_jax.watch import HangWatch, Preempted, Preemption
 
@@ -58,6 +58,35 @@ def batch_loss(
     )
 
 
+def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
+    """Parameters as the layers take them: kernels in the type of the computation.
+
+    They are cast once a step and where they lie, so that half the bytes travel when a
+    layer's are gathered. What is used by more than products stays: LayerNorms in their own
+    precision, and the embedding, whose gradient is a sum over many tokens.
+
+    Args:
+      params: as the optimiser keeps them.
+      born: the same as Params that know the names of their dimensions.
+    """
+    dtype = compute_dtype(config.model)
+
+    def cast(path: Any, x: Array) -> Array:
+        keys = [key.key for key in path]
+        return x.astype(dtype) if (keys[0], keys[-1]) == ("blocks", "kernel") else x
+
+    cast_params = jax.tree_util.tree_map_with_path(cast, params)
+    where_they_lie = sharding.constrain_params(cast_params, born, gathered=False)
+    if config.mesh.gather == "layer":
+        return where_they_lie
+    return {
+        **where_they_lie,
+        "blocks": sharding.constrain_params(
+            where_they_lie["blocks"], born["blocks"], gathered=True
+        ),
+    }
+
+
 def gradients(
     params: Params, graph: Graph, config: Config, batch: Batch
 ) -> tuple[Params, loss_lib.LossSums]:
@@ -68,6 +97,8 @@ def gradients(
     and the result is that of the whole batch.
     """
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
+    born = nnx.state(nnx.merge(graph, params))  # knows the names of every dimension
+    weights = compute_params(params, born, config)
 
     def add_slice(
         carry: tuple[Params, loss_lib.LossSums], part: Batch
@@ -75,12 +106,14 @@ def gradients(
         return jax.tree.map(jnp.add, carry, slice_gradients(part)), None
 
     def slice_gradients(part: Batch) -> tuple[Params, loss_lib.LossSums]:
-        def loss(params: Params) -> tuple[Array, loss_lib.LossSums]:
-            sums = batch_loss(params, graph, config, part)
+        def loss(weights: Params) -> tuple[Array, loss_lib.LossSums]:
+            sums = batch_loss(weights, graph, config, part)
             # Dividing here keeps bfloat16 gradients in range; it is linear.
             return sums.loss / total_weight, sums
 
-        return jax.grad(loss, has_aux=True)(params)
+        grads, sums = jax.grad(loss, has_aux=True)(weights)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return sharding.constrain_params(grads, born, gathered=False), sums
 
     slices = config.train.accumulation_steps
     if slices == 1:
@@ -142,14 +175,19 @@ def train_step(
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_rows: int) -> Batch:
     """This host's rows of a batch, as arrays over the whole mesh."""
-    return {
-        key: jax.make_array_from_process_local_data(
-            sharding.batch_sharding(mesh, (global_rows, rows.shape[1])),
-            rows,
-            (global_rows, rows.shape[1]),
-        )
-        for key, rows in batch.items()
-    }
+    index, _ = sharding.host_share(mesh, global_rows)
+
+    def place(rows: np.ndarray) -> Array:
+        shape, first = (global_rows, rows.shape[1]), index * len(rows)
+
+        def part(at: tuple[slice, ...] | None) -> np.ndarray:
+            assert at is not None
+            start, stop, _ = at[0].indices(global_rows)
+            return rows[start - first : stop - first, at[1]]
+
+        return jax.make_array_from_callback(shape, sharding.batch_sharding(mesh, shape), part)
+
+    return {key: place(rows) for key, rows in batch.items()}
 
 
 ROLLED_BACK = "rolled back"  # begins the reason of such a jump of the data
@@ -238,7 +276,9 @@ def run(
     tokens_per_step = config.data.batch_size * config.data.seq_len
     first = int(state.step)
     step_fn = jax.jit(
-        functools.partial(train_step, graph=graph, config=config, tx=tx), donate_argnums=0
+        functools.partial(train_step, graph=graph, config=config, tx=tx),
+        donate_argnums=0,
+        compiler_options=xla_flags.options(sharding.target(), slices=config.mesh.slices),
     )
     in_flight: _InFlight | None = None
     in_a_row = int(state.spikes.skipped_in_a_row)

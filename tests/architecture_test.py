@@ -27,6 +27,7 @@ WAY = (
     "tokenizer",
     "data",
     "sharding",
+    "xla_flags",
     "attention",
     "model",
     "loss",

@@ -79,7 +79,7 @@ def _two_devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(
             pretrain.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:2])
         )
-        patch.setattr(main, "_use_compilation_cache", lambda: None)
+        patch.setattr(main.compilation, "use_cache", lambda: None)
         changes = {
             "jax_compilation_cache_dir": cache,
             "jax_persistent_cache_min_compile_time_secs": 0.1,
@@ -303,9 +303,10 @@ def test_help_shows_examples_that_parse(capsys):
     text = capsys.readouterr().out
     assert exit_.value.code == 0 and "examples:" in text
     found = re.findall(r"python -m neo_jax\.main (--.*)", text.replace("\\\n", " "))
-    assert len(found) == 2
+    assert len(found) == 4
     for example in found:
-        name, _, overrides = main._parse(example.split())
+        flags, overrides = main._parse(example.split("#")[0].split())
+        name = flags.config
         config_lib.load_experiment(str(ROOT / name) if "/" in name else name, overrides)
     assert "cpu_smoke, neo_125m" in text
 
@@ -315,9 +316,9 @@ def test_both_ways_of_writing_an_override_mean_the_same():
     one = main._parse([*start, "--config.train.seed=3", "--config.eval.prompt=a = b"])
     two = main._parse([*start, "--config.train.seed", "3", "--config.eval.prompt", "a = b"])
     assert one == two
-    assert one[2] == ["train.seed=3", "eval.prompt=a = b"]
+    assert one[1] == ["train.seed=3", "eval.prompt=a = b"]
     # A negative number is a value, not the next argument.
-    assert main._parse([*start, "--config.mesh.data", "-1"])[2] == ["mesh.data=-1"]
+    assert main._parse([*start, "--config.mesh.data", "-1"])[1] == ["mesh.data=-1"]
 
 
 # ----------------------------------------------------------------------------- whole runs

@@ -61,6 +61,44 @@ def test_a_mesh_that_does_not_make_up_the_devices_is_refused(config, words):
     assert words in line and "set one axis to -1" in line and "\n" not in line
 
 
+def test_slices_lie_behind_one_another_along_data():
+    mesh = sharding.make_mesh(MeshConfig(slices=2, data=2, fsdp=-1))
+    assert mesh.devices.shape == (4, 2, 1, 1)
+    assert list(mesh.devices.flat) == jax.devices()
+    with pytest.raises(ConfigError, match=r"mesh.slices=3 does not divide 8 devices"):
+        sharding.make_mesh(MeshConfig(slices=3))
+    with pytest.raises(ConfigError, match="does not make up 4 devices of a slice"):
+        sharding.make_mesh(MeshConfig(slices=2, fsdp=8))
+
+
+def test_slices_that_the_devices_do_not_have_are_refused():
+    class Chip:
+        platform, slice_index = "tpu", 1
+
+    with pytest.raises(ConfigError, match=r"mesh.slices=2, but the devices lie in 1; use"):
+        sharding.make_mesh(MeshConfig(slices=2), [Chip()])
+
+
+def test_a_process_loads_the_rows_of_its_devices(mesh):
+    assert sharding.host_share(mesh, 16) == (0, 1)
+    with pytest.raises(ConfigError, match="batch=6 does not divide"):
+        sharding.host_share(mesh, 6)
+
+
+def test_the_plan_in_words(mesh):
+    _, params = state.model_graph(preset_model("neo_125m"))
+    text = sharding.describe(params, mesh)
+    lines = text.splitlines()
+    assert lines[0] == "mesh: data 2 × fsdp 2 × tensor 2 × context 1 = 8 × cpu"
+    assert lines[1] == (
+        "activations: batch ÷ data × fsdp, heads ÷ tensor, mlp ÷ tensor, vocab ÷ tensor"
+    )
+    words = "layers 12, embed 768 ÷ fsdp 2, heads 12 ÷ tensor 2, head_dim 64"
+    (line,) = (x for x in lines if x.startswith("blocks.attention.query.kernel"))
+    assert words in line and "12 × 384 × 6 × 64" in line and line.endswith("6.8")
+    assert "parameters of a device: 12" in lines[-1] and len(lines) == 4 + 17
+
+
 # ---------------------------------------------------------------------------- the table
 
 

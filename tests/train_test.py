@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -119,31 +120,73 @@ def test_the_loss_is_the_mean_over_weighted_tokens() -> None:
     assert float(losses.nll) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        {"fsdp": 8},
-        {"data": 8, "fsdp": 1},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"fsdp": 2, "tensor": 4},
-        {"fsdp": 4, "context": 2},
-    ],
-    ids=str,
-)
-def test_eight_devices_update_as_one(mesh: dict[str, int]) -> None:
-    assert_close(gradients(tiny(mesh=mesh), devices=8), gradients(tiny()), 1e-5)
-    one, losses = run_steps(tiny(), 2)
-    many, many_losses = run_steps(tiny(mesh=mesh), 2, devices=8)
-    np.testing.assert_allclose(many_losses, losses, rtol=1e-5)
-    assert_equal_updates(many, one)
+def one_step(config: Config, devices: int) -> tuple[Any, Any, Any]:
+    """Gradients, mean losses, and the parameters after an update."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    tx = optimizer.build(config.optimizer, config.train.num_steps)
+    graph, _ = state.model_graph(config.model)
+
+    def step(current: TrainState, batch: Any) -> tuple[Any, Any, Any]:
+        grads, losses = train.gradients(current.params, graph, config, batch)
+        norm = optimizer.global_norm(grads)
+        updates, _ = tx.update(grads, current.opt_state, current.params, grad_norm=norm)
+        return grads, losses, optax.apply_updates(current.params, updates)
+
+    with jax.set_mesh(mesh):
+        current = state.create(config.model, mesh, tx, config.train.seed)
+        batch = train.place_batch(ragged_batch(), mesh, BATCH)
+        return jax.device_get(jax.jit(step)(current, batch))
 
 
-@pytest.mark.parametrize("model", [{"scan_layers": False}, {"remat": "full"}], ids=str)
-def test_unrolling_and_rematerialising_change_no_update(model: dict[str, Any]) -> None:
-    plain, losses = run_steps(tiny(), 2)
-    other, other_losses = run_steps(tiny(model=model), 2)
-    np.testing.assert_allclose(other_losses, losses, rtol=1e-6)
-    assert_equal_updates(other, plain)
+@functools.cache
+def one_device_step() -> tuple[Any, Any, Any]:
+    return one_step(tiny(), 1)
+
+
+ALL_AT_ONCE = {
+    "mesh": {"fsdp": 2, "tensor": 2, "context": 2, "gather": "step"},
+    "train": {"accumulation_steps": 2},
+    "model": {"remat": "custom", "remat_save": ("query", "residual"), "attention": "splash"},
+}
+
+
+# Three of them stand for all in the default suite.
+WAYS = [
+    ALL_AT_ONCE,
+    {"mesh": "hybrid"},
+    {"model": {"remat": "minimal"}, "mesh": {"fsdp": 1}},
+    *(
+        pytest.param(sections, marks=pytest.mark.slow)
+        for sections in (
+            *({"mesh": name} for name in config_lib.MESH_PRESETS if name != "hybrid"),
+            {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "train": {"accumulation_steps": 2}},
+            {"model": {"scan_layers": False}, "mesh": {"fsdp": 1}},
+            {"model": {"remat": "full"}, "mesh": {"fsdp": 1}},
+            {"model": {"scan_layers": False, "remat": "minimal"}, "mesh": {"fsdp": 1}},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("sections", WAYS, ids=str)
+def test_every_way_of_computing_a_step_is_one_devices(sections: dict[str, Any]) -> None:
+    """Losses, gradients and updates: for each mesh, remat policy, slices, and all at once."""
+    mesh = sections["mesh"]
+    if isinstance(mesh, str):
+        mesh = config_lib.mesh_preset(mesh).to_dict()
+        # Simulated devices do not say in how many slices they lie.
+        mesh["slices"] = 2 if mesh["slices"] == -1 else 1
+    config = tiny(**{**sections, "mesh": mesh})
+    grads, losses, params = one_step(config, 1 if mesh == {"fsdp": 1} else 8)
+    expected_grads, expected_losses, expected_params = one_device_step()
+    assert_close(grads, expected_grads, 1e-5)
+    assert_close(losses, expected_losses, 1e-5)
+    # As absolute numbers: the rate is 1e-4.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5),
+        params,
+        expected_params,
+    )
 
 
 def test_two_runs_are_equal_to_the_digit() -> None:
