@@ -250,9 +250,6 @@ class MeshConfig:
     fsdp: int = -1  # the batch and the parameters are split
     tensor: int = 1  # heads, mlp and vocabulary are split
     context: int = 1  # the sequence is split
-    # When a device gathers the weights that fsdp splits: "layer", as each layer needs them,
-    # or "step", all layers at once, which spares the backward pass a second gathering.
-    gather: Literal["layer", "step"] = "layer"
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor", "context")}
@@ -330,6 +327,9 @@ class TrainConfig:
     num_steps: int = 1000  # optimiser steps
     seed: int = 0  # of the weights and of the data's order
     accumulation_steps: int = 1  # slices of the batch, one after another, one update
+    # When a device gathers the weights that mesh.fsdp splits: "layer", as each layer needs
+    # them, or "step", all layers at once, which spares the backward pass a second gathering.
+    gather_weights: Literal["layer", "step"] = "layer"
     log_every: int = 10  # steps between lines of metrics.jsonl
     # Updates left out in a row that send the run back to its last checkpoint, past the data
     # that it met since; 0: never. Finite values alone are spikes at most 4 times in a row,

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+
+import jax
 
 from neo_jax import compilation, host_memory, pretrain
 from neo_jax import config as config_lib

@@ -77,7 +77,7 @@ def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
 
     cast_params = jax.tree_util.tree_map_with_path(cast, params)
     where_they_lie = sharding.constrain_params(cast_params, born, gathered=False)
-    if config.mesh.gather == "layer":
+    if config.train.gather_weights == "layer":
         return where_they_lie
     return {
         **where_they_lie,

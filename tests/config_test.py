@@ -116,7 +116,14 @@ def test_every_misspelt_key_is_answered_with_itself() -> None:
             "model.compute_dtype=bf16",
             "model.compute_dtype='bf16' is not one of auto, float32,",
         ),
-        ("model.remat=7", "model.remat=7 is not one of none, full."),
+        ("model.remat=7", "model.remat=7 is not one of none, full, minimal, custom."),
+        ("model.remat=custom", "model.remat='custom' with model.remat_save=[]"),
+        ("model.remat_save=['query']", "model.remat='none' with model.remat_save=['query']"),
+        ("model.remat_save=['quary']", "model.remat_save or model.remat_offload: 'quary' is"),
+        (
+            "mesh=fsdp_tensr",
+            "mesh preset 'fsdp_tensr' is unknown, did you mean 'fsdp_tensor'?",
+        ),
         ("task=pretrian", "task='pretrian' is not one of pretrain, did you mean 'pretrain'?"),
         ("eval.references=3", "eval.references=3 must be a list"),
         ("eval.references=[['gzip']]", "eval.references: ('gzip',) must be a name and its bi"),
@@ -482,3 +489,12 @@ def test_a_file_without_get_config_and_no_file_at_all(write, tmp_path: pathlib.P
     assert "there is no such file or experiment, did you mean 'cpu_smoke'?" in line
     assert "there are cpu_smoke, neo_125m," in refusal(experiment="zzz")
     assert "no such file" in refusal(experiment=str(tmp_path))
+
+
+def test_a_mesh_preset_by_name_and_what_differs_from_it():
+    mesh = config_lib.load_experiment(
+        "neo_125m", ["mesh=fsdp_tensor", "mesh.tensor=2", "mesh.slices=-1"]
+    ).mesh
+    assert mesh == config_lib.MeshConfig(slices=-1, fsdp=-1, tensor=2)
+    for name in config_lib.MESH_PRESETS:
+        assert config_lib.build({"mesh": name}).mesh.data

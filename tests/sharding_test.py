@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import tpu_compiler
 from neo_jax import sharding, state
 from neo_jax.config import ConfigError, MeshConfig, preset_model
 
@@ -71,12 +72,14 @@ def test_slices_lie_behind_one_another_along_data():
         sharding.make_mesh(MeshConfig(slices=2, fsdp=8))
 
 
-def test_slices_that_the_devices_do_not_have_are_refused():
-    class Chip:
-        platform, slice_index = "tpu", 1
-
-    with pytest.raises(ConfigError, match=r"mesh.slices=2, but the devices lie in 1; use"):
-        sharding.make_mesh(MeshConfig(slices=2), [Chip()])
+def test_slices_that_the_chips_do_not_lie_in_are_refused():
+    both = {"topology": "v5e:2x2", "num_slices": 2}
+    mesh = tpu_compiler.mesh(config=MeshConfig(slices=-1), **both)
+    assert mesh.devices.shape == (2, 4, 1, 1)
+    # Each row is a slice: what fsdp gathers stays inside.
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ConfigError, match=r"mesh.slices=1, but the devices lie in 2; use"):
+        tpu_compiler.mesh(config=MeshConfig(), **both)
 
 
 def test_a_process_loads_the_rows_of_its_devices(mesh):

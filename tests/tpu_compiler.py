@@ -25,12 +25,14 @@ ENVIRONMENT = {
 V4 = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 
 
-def mesh(topology: str, config: MeshConfig) -> Mesh:
-    """A mesh over the chips of a topology such as "v5e:2x2"."""
+def mesh(topology: str, config: MeshConfig, num_slices: int = 1) -> Mesh:
+    """A mesh over the chips of a topology such as "v5e:2x2", so many times."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: it is the extra `plan`")
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     more = V4 if topology.startswith("v4") else {}
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, num_slices=num_slices, **more
+    )
     return sharding.make_mesh(config, described.devices)

@@ -144,8 +144,8 @@ def one_device_step() -> tuple[Any, Any, Any]:
 
 
 ALL_AT_ONCE = {
-    "mesh": {"fsdp": 2, "tensor": 2, "context": 2, "gather": "step"},
-    "train": {"accumulation_steps": 2},
+    "mesh": {"fsdp": 2, "tensor": 2, "context": 2},
+    "train": {"accumulation_steps": 2, "gather_weights": "step"},
     "model": {"remat": "custom", "remat_save": ("query", "residual"), "attention": "splash"},
 }
 
