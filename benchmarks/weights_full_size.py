@@ -24,7 +24,10 @@ import time
 
 import numpy as np
 
-IDS = np.random.default_rng(0).integers(0, 50257, (1, 300))
+
+def prompt(arguments: argparse.Namespace) -> np.ndarray:
+    """Token ids [1, tokens]."""
+    return np.random.default_rng(0).integers(0, 50257, (1, arguments.tokens))
 
 
 def peak_gib() -> float:
@@ -110,7 +113,7 @@ def read_and_write(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
     result["write_seconds"] = round(time.perf_counter() - start, 1)
     result["peak_gib_after_writing"] = round(peak_gib(), 2)
     if mesh is None:
-        np.save(folder / "logits_ours.npy", ours.logits(IDS))
+        np.save(folder / "logits_ours.npy", ours.logits(prompt(arguments)))
     return result
 
 
@@ -126,15 +129,15 @@ def compare(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
 
 def answer_from_theirs(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
     """Transformers' logits of its own files."""
-    return _torch_answers(folder, "theirs")
+    return _torch_answers(folder, "theirs", arguments)
 
 
 def answer_from_ours(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
     """Transformers' logits of the files that we wrote, loaded as they are."""
-    return _torch_answers(folder, "ours")
+    return _torch_answers(folder, "ours", arguments)
 
 
-def _torch_answers(folder: pathlib.Path, source: str) -> dict:
+def _torch_answers(folder: pathlib.Path, source: str, arguments: argparse.Namespace) -> dict:
     import torch
     import transformers
 
@@ -143,9 +146,13 @@ def _torch_answers(folder: pathlib.Path, source: str) -> dict:
         folder / source, output_loading_info=True, attn_implementation="eager", dtype="float32"
     )
     with torch.no_grad():
-        logits = model(torch.tensor(IDS), use_cache=False).logits.numpy()
+        logits = model(torch.tensor(prompt(arguments)), use_cache=False).logits.numpy()
     np.save(folder / f"logits_torch_{source}.npy", logits)
-    return {"loading_info": {key: len(value) for key, value in info.items()}}
+    difference = np.abs(logits - np.load(folder / "logits_ours.npy")).max()
+    return {
+        "loading_info": {key: len(value) for key, value in info.items()},
+        "ours_differ_over_largest": float(f"{difference / np.abs(logits).max():.3g}"),
+    }
 
 
 def exact(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
@@ -163,7 +170,7 @@ def exact(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
     shape = config.preset_model(arguments.model)
     expected = reference.logits(
         Files(files.shapes),
-        IDS[0],
+        prompt(arguments)[0],
         layer_types=shape.layer_types,
         num_heads=shape.num_heads,
         window=shape.window_size,
@@ -217,6 +224,7 @@ def main() -> None:
         default=1,
         help="simulated; above 1, nobody answers (%(default)s)",
     )
+    parser.add_argument("--tokens", type=int, default=300, help="of the prompt (%(default)s)")
     parser.add_argument("--stage", choices=STAGES)
     arguments = parser.parse_args()
     what = {"model": arguments.model, "dtype": arguments.dtype}

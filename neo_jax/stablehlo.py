@@ -1,10 +1,8 @@
 """The network as StableHLO, for programs without this code.
 
-Enters: parameters and config. Leaves: a directory with `forward.stablehlo`, what
-`jax.export.deserialize` takes; `params.safetensors`, the parameters under dotted names; and
-`config.json`.
-
-Shapes: B batch, T position, V vocab.
+Enters: parameters and config. Leaves: a directory with `forward.stablehlo` and
+`decode.stablehlo`, what `jax.export.deserialize` takes: the whole context at once, and one
+token after another; `params.safetensors`, the parameters under dotted names; `config.json`.
 """
 
 from __future__ import annotations
@@ -23,10 +21,12 @@ from jax import export
 
 from neo_jax import hf, state
 from neo_jax.config import ConfigError, ModelConfig
+from neo_jax.generate import cache
+from neo_jax.generate.network import Decoder
 from neo_jax.hf import names
 from neo_jax.state import Params
 
-FORWARD, PARAMS = "forward.stablehlo", "params.safetensors"
+FORWARD, DECODE, PARAMS = "forward.stablehlo", "decode.stablehlo", "params.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -45,8 +45,7 @@ def export_forward(config: ModelConfig, platforms: tuple[str, ...] = PLATFORMS) 
       What `jax.export.deserialize` takes; its `.call(params, ids)` has our tree of
       parameters, int32 ids [batch, max_seq_len] and float32 logits.
     """
-    # A kernel of one platform would bar the others, so attention is plain XLA.
-    config = dataclasses.replace(config, attention="banded", remat="none")
+    config = _without_kernels(config)
     graph, _ = state.model_graph(config)
 
     def forward(params: Params, ids: jax.Array) -> jax.Array:
@@ -58,9 +57,64 @@ def export_forward(config: ModelConfig, platforms: tuple[str, ...] = PLATFORMS) 
     return bytes(exported(hf.abstract_params(config), ids).serialize())
 
 
+def export_decode_step(config: ModelConfig, platforms: tuple[str, ...] = PLATFORMS) -> bytes:
+    """One token more of each text, serialised, for any batch size.
+
+    Returns:
+      What `jax.export.deserialize` takes; its `.call(params, keys, values, ids, positions)`
+      has our tree of parameters; the keys and the values of earlier tokens, a tuple with an
+      array [batch, heads, slots, head_dim] a layer, zeros before the first token, with
+      max_seq_len slots in a global layer and window_size (if that is less) in a local one;
+      int32 ids [batch]; and the int32 places of those ids in their texts [batch]. It gives
+      float32 logits [batch, vocab], keys and values.
+    """
+    config = _without_kernels(config)
+    graph, _ = state.model_graph(config)
+    caches = jax.eval_shape(lambda: _caches(config))
+    windows = [layer.window for layer in caches]
+
+    def decode_step(
+        params: Params,
+        keys: tuple[jax.Array, ...],
+        values: tuple[jax.Array, ...],
+        ids: jax.Array,
+        positions: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        decoder = Decoder(nnx.merge(graph, params), "auto")
+        before = tuple(
+            cache.LayerCache(key, value, None, None, window)
+            for key, value, window in zip(keys, values, windows, strict=True)
+        )
+        hidden, after = decoder.hidden(ids[:, None], positions[:, None], positions + 1, before)
+        logits = decoder.logits(hidden)[:, 0]
+        return logits, tuple(c.key for c in after), tuple(c.value for c in after)
+
+    (batch,) = export.symbolic_shape("batch")
+    remembered = tuple(
+        jax.ShapeDtypeStruct((batch, *c.key.shape[1:]), c.key.dtype) for c in caches
+    )
+    each = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    exported = export.export(jax.jit(decode_step), platforms=platforms)
+    arguments = (hf.abstract_params(config), remembered, remembered, each, each)
+    return bytes(exported(*arguments).serialize())
+
+
+def _caches(config: ModelConfig) -> cache.Caches:
+    """Of one text."""
+    return cache.empty(
+        config, batch_size=1, capacity=config.max_seq_len, chunk=1, dtype="auto"
+    )
+
+
+def _without_kernels(config: ModelConfig) -> ModelConfig:
+    # A kernel of one platform would bar the others, so attention is plain XLA.
+    return dataclasses.replace(config, attention="banded", remat="none")
+
+
 def write(params: Params, config: ModelConfig, directory: pathlib.Path) -> None:
     """Writes the files named above."""
     (directory / FORWARD).write_bytes(export_forward(config))
+    (directory / DECODE).write_bytes(export_decode_step(config))
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

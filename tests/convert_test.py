@@ -128,7 +128,18 @@ def test_stablehlo_runs_without_this_code(source, tmp_path):
         "for batch in (1, 3):\n"
         "    ids = np.arange(32 * batch, dtype=np.int32).reshape(batch, 32)\n"
         "    np.save(f'{folder}/{batch}.npy', forward.call(params, ids))\n"
-        "assert 'neo_jax' not in sys.modules and set(forward.platforms) >= {'tpu', 'cpu'}\n"
+        "decode = export.deserialize(open(folder + '/decode.stablehlo', 'rb').read())\n"
+        "ids = np.arange(0, 48 * 1000, 1000, dtype=np.int32).reshape(2, 24)\n"
+        "keys = values = tuple(\n"  # layers global, local: 32 positions, a window of 8
+        "    np.zeros((2, 4, slots, 8), np.float32) for slots in (32, 8))\n"
+        "logits = []\n"
+        "for t in range(24):\n"
+        "    place = np.full(2, t, np.int32)\n"
+        "    one, keys, values = decode.call(params, keys, values, ids[:, t], place)\n"
+        "    logits.append(one)\n"
+        "np.save(folder + '/decode.npy', np.stack(logits, axis=1))\n"
+        "assert 'neo_jax' not in sys.modules\n"
+        "for each in (forward, decode): assert set(each.platforms) >= {'tpu', 'cpu', 'cuda'}\n"
     )
     environment = {**os.environ, "XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-c", code, output], check=True, env=environment)
@@ -138,6 +149,9 @@ def test_stablehlo_runs_without_this_code(source, tmp_path):
         expected = model.logits(np.arange(32 * batch).reshape(batch, 32))
         actual = np.load(output / f"{batch}.npy")
         np.testing.assert_allclose(actual, expected, atol=2e-5 * float(expected.std()))
+    expected = model.logits(np.arange(0, 48 * 1000, 1000).reshape(2, 24))
+    actual = np.load(output / "decode.npy")
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize(
