@@ -23,7 +23,7 @@ export NEO_JAX_TF_PYTHON ?= $(CURDIR)/$(TF_VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format site oracle tf-env clean
+.PHONY: help train test lint format plan site oracle tf-env clean
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,8 @@ format: $(VENV)/.dev ## Format the code and mend what ruff can
 
 site: $(VENV)/.docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+plan: $(VENV)/.plan ## Add the TPU compiler, which `neo-jax plan` and its tests ask
 
 oracle: $(VENV)/.oracle ## Add torch, transformers and others, which the tests compare with
 
@@ -79,6 +81,11 @@ $(VENV)/.docs: $(VENV)/.test
 $(VENV)/.oracle: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python $(PIP_INSTALL) --editable '.[oracle]'
+	@touch $@
+
+# The TPU compiler: what `neo-jax plan` and its tests ask.
+$(VENV)/.plan: $(VENV)/.core
+	$(BIN)/python $(PIP_INSTALL) --editable '.[plan]'
 	@touch $@
 
 $(TF_VENV)/.tf: $(DESCRIPTION)

@@ -149,7 +149,8 @@ def _what_would_fit(config: Config, topology: Topology, report: Report) -> str:
 def _command(arguments: argparse.Namespace, overrides: Sequence[str], best: Report) -> str:
     """The training command with the settings of a report."""
     own = search.flags_of(best)
-    kept = [o for o in overrides if o.split("=")[0] not in {f.split("=")[0] for f in own}]
+    named = {flag.strip('"').split("=")[0] for flag in own}
+    kept = [override for override in overrides if override.split("=")[0] not in named]
     flags = [f"--config.{override}" for override in (*kept, *own)]
     return " ".join(
         [f"python -m neo_jax.main --config {arguments.config} --workdir runs/mine", *flags]
