@@ -23,13 +23,15 @@ from neo_jax.train import Batch, Graph
 
 def first_not_finite(params: Params, graph: Graph, config: Config, batch: Batch) -> str:
     """What was the first to hold a NaN or an infinity, and how many of them."""
-    order = (
-        lambda: _of_tree("parameter", params),
-        lambda: _of_forward_pass(params, graph, config, batch),
-        lambda: _of_gradients(params, graph, config, batch),
+    looks = (
+        lambda params, _: _of_tree("parameter", params),
+        lambda params, batch: _of_forward_pass(params, graph, config, batch),
+        lambda params, batch: _of_gradients(params, graph, config, batch),
     )
-    for look in order:
-        counts = jax.device_get(jax.jit(lambda look=look: dict(look()))())
+    for look in looks:
+        counts = jax.device_get(
+            jax.jit(lambda params, batch, look=look: dict(look(params, batch)))(params, batch)
+        )
         # jit sorts the keys of a dict; their numbers put them in order again.
         for (_, name), bad in sorted(counts.items()):
             if bad:

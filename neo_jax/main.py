@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from neo_jax import compilation, host_memory, pretrain
+from neo_jax import compilation, distributed, host_memory, pretrain
 from neo_jax import config as config_lib
 from neo_jax.checkpoint import CheckpointError
 from neo_jax.config import Config, ConfigError
@@ -51,18 +51,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
       SystemExit: 2 after a user's mistake; 1 where the run cannot go on (a full disk, a loss
-        that diverged, a lost process); 75 where it was told to stop, and saved; 130 where
-        it was interrupted. After 75 and 130 the same command resumes.
+        that diverged); 75 where it was told to stop, and saved; 130 where it was
+        interrupted. After 75 and 130 the same command resumes. Where another process of the
+        run is gone, this one ends with 69, and the same commands on all of them resume.
     """
     flags, overrides = _parse(sys.argv[1:] if argv is None else argv)
     workdir = flags.workdir
     try:
         config = config_lib.load_experiment(flags.config, overrides)
         host_memory.keep_freed_memory()  # before JAX starts its threads
+        distributed.start(flags.coordinator, flags.num_processes, flags.process_id)
         compilation.use_cache()
-        join(flags.coordinator, flags.num_processes, flags.process_id)
         TASKS[config.task](config, workdir)
     except (CheckpointError, DivergedError) as error:
+        _leave_if_alone(error)
         print(f"neo_jax: {error}", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from None
     except ConfigError as error:
@@ -80,48 +82,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(EXIT_FAILED) from None
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # whichever XLA raises
+        _leave_if_alone(error)
+        raise
     except KeyboardInterrupt:
         print("neo_jax: interrupted; the same command resumes.", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Makes this process one of those that train together; before JAX looks for devices.
-
-    Args:
-      coordinator: host:port of process 0, "auto" where the cluster tells everything (Cloud
-        TPU pods, Slurm, and others that `jax.distributed.initialize` knows), or None.
-      num_processes: how many there are.
-      process_id: which this is, from 0.
-
-    Raises:
-      ConfigError: half of it is said, or the others do not answer.
-    """
-    if coordinator is None:
-        if num_processes is not None or process_id is not None:
-            raise ConfigError(
-                "--num_processes and --process_id go with --coordinator HOST:PORT."
-            )
+def _leave_if_alone(error: BaseException) -> None:
+    """Ends this process if an error means that another one of the run is gone."""
+    lost = distributed.lost_process(error)
+    if lost is None:
         return
-    try:
-        if coordinator == "auto":
-            jax.distributed.initialize()
-            return
-        if num_processes is None or process_id is None:
-            raise ConfigError(
-                f"--coordinator {coordinator} needs --num_processes and --process_id."
-            )
-        if not 0 <= process_id < num_processes:
-            raise ConfigError(
-                f"--process_id {process_id} must lie in 0 … --num_processes-1 = "
-                f"{num_processes - 1}."
-            )
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--coordinator {coordinator}: {reason}") from None
+    print(
+        f"neo_jax: process {jax.process_index()} of {jax.process_count()} lost another one of "
+        f"this run ({lost}); start all of them again with the same command, and they resume "
+        f"from the newest checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    # Not sys.exit: on the way out JAX would wait for the one that is gone.
+    os._exit(distributed.EXIT_LOST)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

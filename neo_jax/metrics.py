@@ -130,7 +130,7 @@ class Throughput:
 
         Args:
           earlier: `totals` at the checkpoint that the run goes on from.
-          lost_seconds: between that checkpoint and the end of the start that wrote it.
+          lost_seconds: that passed after it, and will have to be spent again.
         """
         self._earlier, self._lost = dict(earlier), lost_seconds
 
@@ -158,6 +158,11 @@ class Throughput:
     def waited_for_data(self, seconds: float) -> None:
         """Counts time in which the device had nothing to do for want of a batch."""
         self._data += seconds
+
+    def elapsed(self) -> float:
+        """Seconds of the run so far, all its starts together; while nothing ran none pass."""
+        earlier = (v for key, v in self._earlier.items() if key.endswith("_seconds"))
+        return self._clock() - self._started + self._lost + sum(earlier)
 
     def rates(self) -> dict[str, float]:
         """Since the last call: tokens_per_second, step_seconds, and MFU if the peak is known.
@@ -200,7 +205,7 @@ class Throughput:
 _KEYS = (
     *("step", "split", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm"),
     *("tokens", "tokens_per_second", "step_seconds", "mfu_palm", "mfu_exact", "skipped"),
-    *("non_finite", "rollbacks"),
+    *("non_finite", "rollbacks", "elapsed_seconds"),
 )
 
 Split = Literal["train", "eval"]

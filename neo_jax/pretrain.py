@@ -7,19 +7,20 @@ text. Everything that can be refused is refused before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
 import os
 import pathlib
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
+from neo_jax import checkpoint, diagnose, optimizer, sharding, state, tokenizer, train
 from neo_jax import config as config_lib
-from neo_jax import diagnose, optimizer, sharding, state, tokenizer, train
 from neo_jax.checkpoint import Checkpointer
 from neo_jax.checkpoint.restoring import agree, tell
 from neo_jax.config import Config, ConfigError
@@ -42,9 +43,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       Preempted: the machine is wanted back; the state is saved.
       DivergedError: the loss is not finite, or stays a spike wherever it is taken up.
     """
-    pretraining = Pretraining(config, workdir)
-    with jax.set_mesh(pretraining.mesh), Checkpointer(workdir, config.checkpoint) as saved:
-        pretraining.finish(pretraining.train(saved), saved)
+    with Preemption() as preemption:
+        pretraining = Pretraining(config, workdir, preemption)
+        with jax.set_mesh(pretraining.mesh), Checkpointer(workdir, config.checkpoint) as saved:
+            pretraining.finish(pretraining.train(saved), saved)
 
 
 class DivergedError(Exception):
@@ -54,8 +56,8 @@ class DivergedError(Exception):
 class Pretraining:
     """What a run holds: mesh, model, optimiser, tokenizer, text, and where its results go."""
 
-    def __init__(self, config: Config, workdir: pathlib.Path):
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: Config, workdir: pathlib.Path, preemption: Preemption) -> None:
+        self.config, self.workdir, self.preemption = config, workdir, preemption
         self.mesh = sharding.make_mesh(config.mesh)
         self.tx = optimizer.build(config.optimizer, config.train.num_steps)
         self.graph, _ = state.model_graph(config.model)
@@ -89,42 +91,37 @@ class Pretraining:
 
         Too many spikes in a row are another start from there, with other data.
         """
-        is_alive_until = _last_sign_of_life(self.workdir)
-        current = self._start(saved, is_alive_until)
+        current = self._start(saved, _elapsed_seconds(self.workdir))
         write_config(self.config, self.workdir)  # nothing is refused from here on
         rolled_back_to: list[int] = []
-        with Preemption() as preemption:
-            while True:
-                try:
-                    return self._run(current, saved, preemption)
-                except NotFinite as error:
-                    where = diagnose.first_not_finite(
-                        error.params, self.graph, self.config, error.batch
-                    )
-                    raise DivergedError(
-                        f"{error}: {where}; the update was not made."
-                    ) from None
-                except RollBack as error:
-                    # Without its traceback, which would keep the old state in memory.
-                    cause = error.with_traceback(None)
-                current = self._roll_back(saved, cause)
-                step = int(current.step)
-                rolled_back_to.append(step)
-                if rolled_back_to.count(step) > _MOST_ROLLBACKS:
-                    raise DivergedError(
-                        f"{cause}, and so it was with other data {_MOST_ROLLBACKS} times from "
-                        f"step {step}; lower optimizer.learning_rate, or look at the data "
-                        f"before sequence {self.data.position}."
-                    )
+        while True:
+            try:
+                return self._run(current, saved)
+            except NotFinite as error:
+                where = diagnose.first_not_finite(
+                    error.params, self.graph, self.config, error.batch
+                )
+                raise DivergedError(f"{error}: {where}; the update was not made.") from None
+            except RollBack as error:
+                # Without its traceback, which would keep the old state in memory.
+                cause = error.with_traceback(None)
+            current = self._roll_back(saved, cause)
+            step = int(current.step)
+            rolled_back_to.append(step)
+            if rolled_back_to.count(step) > _MOST_ROLLBACKS:
+                raise DivergedError(
+                    f"{cause}, and so it was with other data {_MOST_ROLLBACKS} times from "
+                    f"step {step}; lower optimizer.learning_rate, or look at the data "
+                    f"before sequence {self.data.position}."
+                )
 
-    def _run(
-        self, current: TrainState, saved: Checkpointer, preemption: Preemption
-    ) -> TrainState:
+    def _run(self, current: TrainState, saved: Checkpointer) -> TrainState:
         config, step = self.config, int(current.step)
         due = train.evaluation_due(config, step) and not _is_logged(self.workdir, step)
         with (
             Writer(self.workdir, config, step) as writer,
             HangWatch(self.workdir / "hangs.txt", writer.say) as hang_watch,
+            self.preemption.deferred(),
         ):
             writer.say(self._headline(step))
             return train.run(
@@ -137,7 +134,7 @@ class Pretraining:
                 writer=writer,
                 checkpointer=saved,
                 throughput=self.throughput,
-                preemption=preemption,
+                preemption=self.preemption,
                 hang_watch=hang_watch,
                 evaluate=lambda params: {
                     **self.score(params, config.data.seq_len),
@@ -146,33 +143,46 @@ class Pretraining:
                 evaluate_first=bool(agree(step > 0 and due)),
             )
 
-    def _start(self, saved: Checkpointer, alive_until: float | None = None) -> TrainState:
-        """A fresh state, or the newest good checkpoint with the data where it stood."""
-        config = self.config
+    def _start(self, saved: Checkpointer, elapsed: float | None = None) -> TrainState:
+        """A fresh state, or the newest good checkpoint with the data where it stood.
+
+        Args:
+          elapsed: seconds that earlier starts took, lost work included; None within a start.
+        """
         with self.throughput.pause("restart"):
             saved.wait()
             step = saved.newest_good()
-            if step is None:
+            meta = {} if step is None else saved.meta(step)
+            if step is None or saved.is_params_alone(step):
                 self.data.restore({**self.data.state(), "position": 0, "step": 0})
-                return state.create(config.model, self.mesh, self.tx, config.train.seed)
-            meta = saved.meta(step)
-            if saved.is_params_alone(step):
-                fresh = state.create(config.model, self.mesh, self.tx, config.train.seed)
-                params = saved.read(step, {"params": self.abstract.params})["params"]
-                return dataclasses.replace(fresh, params=params)
-            current = saved.read(step, self.abstract)
-            self.data.restore(meta["data"])
-        if alive_until is not None:
-            saved_at = datetime.datetime.fromisoformat(meta["saved_at"]).timestamp()
-            # A clock that was set back in between would make it negative.
-            lost = max(0.0, alive_until - saved_at) if step < config.train.num_steps else 0.0
-            self.throughput.resume(meta["seconds"], lost)
+                current = self._fresh(saved, step)
+            else:
+                current = saved.read(step, self.abstract)
+                self.data.restore(meta["data"])
+        if elapsed is not None:
+            seconds = meta.get("seconds", {})
+            kept = sum(v for key, v in seconds.items() if key.endswith("_seconds"))
+            self.throughput.resume(seconds, max(0.0, elapsed - kept))
         return current
+
+    def _fresh(self, saved: Checkpointer, step: int | None) -> TrainState:
+        """The state before the first step; its parameters may come from somewhere else."""
+        config = self.config
+        fresh = state.create(config.model, self.mesh, self.tx, config.train.seed)
+        if step is not None:
+            params = saved.read(step, {"params": self.abstract.params})["params"]
+        elif config.train.init_from is not None:
+            params = checkpoint.restore_matching(config.train.init_from, fresh.params)
+        else:
+            return fresh
+        return dataclasses.replace(fresh, params=params)
 
     def _roll_back(self, saved: Checkpointer, error: RollBack) -> TrainState:
         """The last good checkpoint, and the data past all that was met since."""
+        jumps = self.data.jumps()  # an earlier one from the same checkpoint among them
         current = self._start(saved)
         first, step = self.data.position, int(current.step)
+        self.data.restore({**self.data.state(), "jumps": jumps})
         self.data.skip(
             error.position - first,
             f"{train.ROLLED_BACK} from step {error.step} to {step}",
@@ -223,9 +233,14 @@ class Pretraining:
             writer.say(f"see {self.workdir / 'loss.png'} and {self.workdir / 'summary.json'}")
 
     def score(self, params: Params, stride: int) -> dict[str, float]:
-        """Loss (nats) and bits per byte of the held-out text; see evaluate/perplexity.py."""
+        """Loss (nats) and bits per byte of the held-out text; see evaluate/perplexity.py.
+
+        Raises:
+          Preempted: told to leave in its midst.
+        """
 
         def sum_losses(batch: Mapping[str, np.ndarray]) -> tuple[float, float]:
+            self.preemption.leave_if_told()
             nll, weight = self._sum_losses(params, self._place(batch))
             return float(nll), float(weight)
 
@@ -333,9 +348,29 @@ def open_workdir(config: Config, workdir: pathlib.Path) -> None:
         raise ConfigError(
             f"--workdir {workdir} cannot be written: {error.strerror}; choose another."
         ) from None
+    _refuse_separate_folders(workdir)
     path = workdir / "config.json"
     if path.exists():
         _refuse_another_run(config_lib.from_json(path.read_text()), config, workdir)
+
+
+def _refuse_separate_folders(workdir: pathlib.Path) -> None:
+    """Every process writes its part of a checkpoint, so all must see one folder."""
+    if jax.process_count() == 1:
+        return
+    mark = workdir / f".shared.{agree(time.time_ns() % 10**9)}"
+    if jax.process_index() == 0:
+        mark.touch()
+    agree(0)  # the mark is there
+    seen = multihost_utils.process_allgather(np.asarray(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        raise ConfigError(
+            f"--workdir {workdir} is not one folder for all processes: "
+            f"{', '.join(map(str, np.flatnonzero(~seen)))} of {len(seen)} do not see what "
+            f"process 0 writes; use a file system that they share."
+        )
 
 
 def write_config(config: Config, workdir: pathlib.Path) -> None:
@@ -369,12 +404,13 @@ def _refuse_another_run(before: Config, now: Config, workdir: pathlib.Path) -> N
         )
 
 
-def _last_sign_of_life(workdir: pathlib.Path) -> float | None:
-    """When an earlier start wrote its last line, by the file's clock; None if none did."""
-    try:
-        return (workdir / "metrics.jsonl").stat().st_mtime
-    except OSError:
-        return None
+def _elapsed_seconds(workdir: pathlib.Path) -> float:
+    """Seconds that earlier starts had taken when they last said so.
+
+    Of clocks that only run forwards, so that it does not matter if the machine's is set.
+    """
+    said = (line.get("elapsed_seconds") for line in read_metrics(workdir))
+    return max((seconds for seconds in said if seconds is not None), default=0.0)
 
 
 def _is_logged(workdir: pathlib.Path, step: int) -> bool:

@@ -264,6 +264,7 @@ def run(
       preemption: is asked after every step whether to save and leave.
       hang_watch: is told of every step.
       evaluate: parameters → metrics of the held-out text; called every `eval.every` steps.
+        It raises Preempted where it is broken off.
       evaluate_first: the state was saved in a hurry, and is due to be evaluated.
 
     Raises:
@@ -301,6 +302,7 @@ def run(
                 "tokens": last.step * tokens_per_step,
                 "rollbacks": rollbacks,
                 **throughput.rates(),
+                "elapsed_seconds": throughput.elapsed(),
             }
             writer.write(last.step, "train", line)
         writer.advance(last.step)
@@ -350,6 +352,7 @@ def run(
         if step == first:
             with throughput.pause("compile"), hang_watch.pause():
                 state, metrics = jax.block_until_ready(step_fn(state, batch))
+                is_finite((state.params, state.opt_state))  # compiled now, not at a save
         else:
             state, metrics = step_fn(state, batch)
         # The step before this one is looked at now, while this one runs: the device never
@@ -359,13 +362,16 @@ def run(
         checkpointer.check()
 
         done, is_last = step + 1, step + 1 == num_steps
-        leaving = preemption.reached(done)
+        leaving = preemption.reached()
         held_out_loss = None
         # Evaluation comes before saving: a run killed in between repeats both or neither.
         # Who is told to leave has no time for it, and evaluates when it is back.
         if evaluation_due(config, done) and not leaving:
             finish()
-            held_out_loss = score(done)
+            try:
+                held_out_loss = score(done)
+            except Preempted:
+                leaving = True
         overdue |= checkpointer.due(done)
         if overdue or is_last or leaving:
             finish()
@@ -376,7 +382,7 @@ def run(
                     save(done, held_out_loss)
         if leaving:
             checkpointer.wait()
-            raise Preempted(done)
+            raise Preempted(checkpointer.latest_step())
     finish()
     return state
 

@@ -29,23 +29,30 @@ EXIT_FAILED = 1
 
 
 class Preempted(Exception):
-    """The run saved its state and ends, since its machine is wanted back."""
+    """The run ends, since its machine is wanted back; nothing is lost.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"told to stop; everything up to step {step} is saved")
+    Args:
+      step: of the checkpoint made for it; None if no work was under way.
+    """
+
+    def __init__(self, step: int | None = None) -> None:
+        what = "nothing was under way" if step is None else f"all up to step {step} is saved"
+        super().__init__(f"told to stop; {what}")
         self.step = step
 
 
 class Preemption:
     """Whether this machine is about to be taken away. A context manager.
 
-    The platform says so with SIGTERM. One process takes the signal itself. Where several
-    train together, JAX's preemption service takes it on any of them and finds a step that all
-    have still before them.
+    The platform says so with SIGTERM. One process takes the signal itself: while there is
+    nothing to save it raises `Preempted` at once, and inside `deferred` it is remembered.
+    Where several train together, JAX's preemption service takes it on any of them and finds
+    a question that all have still before them.
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._told = self._deferred = False
+        self._asked = 0
         self._before: Any = None
 
     def __enter__(self) -> Preemption:
@@ -59,17 +66,45 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
-    def reached(self, step: int) -> bool:
-        """Whether to save after this step and leave; to be asked at every step."""
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, work is under way, and whoever does it asks whether to save it and leave.
+
+        Raises:
+          Preempted: the notice came after the last question.
+        """
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self._told:
+            raise Preempted
+
+    def reached(self) -> bool:
+        """Whether to save now and leave. All processes ask equally often, for one answer."""
+        self._asked += 1
         if jax.process_count() == 1:
             return self._told
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        return bool(multihost_utils.reached_preemption_sync_point(self._asked))
+
+    def leave_if_told(self) -> None:
+        """Breaks off what may be broken off, such as an evaluation. Counts as a question.
+
+        Raises:
+          Preempted: the answer is yes.
+        """
+        if self.reached():
+            raise Preempted
 
     def _take(self, number: int, frame: types.FrameType | None) -> None:
         del number, frame
-        if not self._told:
-            print("neo_jax: told to stop; saving first.", file=sys.stderr, flush=True)
+        if self._told:
+            return
         self._told = True
+        if not self._deferred:
+            raise Preempted
+        print("neo_jax: told to stop; saving first.", file=sys.stderr, flush=True)
 
 
 class HangWatch:

@@ -24,6 +24,7 @@ WAY = (
     "host_memory",
     "compilation",
     "config",
+    "distributed",
     "tokenizer",
     "data",
     "sharding",

@@ -20,7 +20,7 @@ from neo_jax.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What differs between two equal runs.
-CLOCK = ("tokens_per_second", "step_seconds", "mfu_palm", "mfu_exact")
+CLOCK = ("tokens_per_second", "step_seconds", "elapsed_seconds", "mfu_palm", "mfu_exact")
 
 EXPERIMENT = """\
 from neo_jax import config as config_lib

@@ -321,3 +321,100 @@ def test_contradictions_are_refused_in_one_line(values, key):
     with pytest.raises(ConfigError, match=key) as error:
         OptimizerConfig(**values)
     assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------- spikes
+
+WINDOW = optimizer.SPIKE_WINDOW
+SKIPPING = OptimizerConfig()
+
+
+def judge_all(losses, norms, config=SKIPPING):
+    """Of each step whether it was left out; and what is remembered in the end."""
+
+    def step(spikes, values):
+        skip, spikes = optimizer.judge(spikes, *values, config)
+        return spikes, skip
+
+    values = jnp.asarray(losses, jnp.float32), jnp.asarray(norms, jnp.float32)
+    spikes, skips = jax.jit(lambda: jax.lax.scan(step, optimizer.no_spikes(), values))()
+    return np.asarray(skips), jax.device_get(spikes)
+
+
+def numpy_judge(losses, norms):
+    """The rule once more, with lists: 128 finite values, 6 standard deviations."""
+    seen: tuple[list, list] = ([], [])
+    skips = []
+    for values in zip(np.float32(losses), np.float32(norms), strict=True):
+        skip = not np.isfinite(values).all()
+        for recent, value in zip(seen, values, strict=True):
+            last = np.float64(recent[-WINDOW:])
+            if len(last) == WINDOW and value > last.mean() + 6 * last.std():
+                skip = True
+        for recent, value in zip(seen, values, strict=True):
+            if np.isfinite(value):
+                recent.append(value)
+        skips.append(skip)
+    return np.array(skips), seen
+
+
+def test_spikes_are_those_of_the_rule_with_lists():
+    rng = np.random.default_rng(0)
+    losses, norms = 3 + 0.1 * rng.normal(size=(2, 600))
+    for series in (losses, norms):
+        at = rng.choice(600, 40, replace=False)
+        series[at[:15]] += rng.uniform(0.3, 5, 15)
+        series[at[15:30]] = rng.choice([np.nan, np.inf, -np.inf], 15)
+        series[at[30:]] -= 5  # a fall is no spike
+    losses[400:] += 2  # a new level, which has to become the usual one
+    skips, spikes = judge_all(losses, norms)
+    expected, seen = numpy_judge(losses, norms)
+    np.testing.assert_array_equal(skips, expected)
+    finite = np.isfinite(losses) & np.isfinite(norms)
+    assert expected[finite].any() and not expected[finite].all()
+    assert (spikes.skipped, spikes.non_finite) == (expected.sum(), (~finite).sum())
+    for recent, values in zip((spikes.loss, spikes.grad_norm), seen, strict=True):
+        assert recent.seen == len(values)
+        np.testing.assert_array_equal(sorted(recent.values), sorted(values[-WINDOW:]))
+
+
+@pytest.mark.parametrize(("before", "is_one"), [(WINDOW - 1, False), (WINDOW, True)])
+def test_no_finite_value_is_a_spike_before_128_are_in(before, is_one):
+    usual = 3 + 0.1 * np.sin(np.arange(before))
+    high = np.append(usual, 1e9)
+    assert judge_all(high, np.ones(before + 1))[0].tolist() == [False] * before + [is_one]
+    low = np.append(usual, np.nan)
+    assert judge_all(low, np.ones(before + 1))[0].tolist() == [False] * before + [True]
+
+
+def test_a_value_counts_where_the_deviation_says():
+    """Of ±0.1 around 3 the deviation is 0.1: 3.59 passes, 3.61 does not."""
+    usual = 3 + 0.1 * (-1.0) ** np.arange(WINDOW)
+    for value, is_one in ((3.59, False), (3.61, True)):
+        assert judge_all([*usual, value], np.ones(WINDOW + 1))[0][-1] == is_one
+        assert judge_all(np.ones(WINDOW + 1), [*usual, value])[0][-1] == is_one
+
+
+def test_a_new_level_is_a_spike_four_times():
+    """What `train.rollback_after` counts on: left out, but recorded."""
+    usual = 3 + 0.01 * (-1.0) ** np.arange(WINDOW)
+    skips, spikes = judge_all([*usual, *[9.0] * 20], np.ones(WINDOW + 20))
+    assert skips[WINDOW:].tolist() == [True] * 4 + [False] * 16
+    assert (spikes.skipped, spikes.skipped_in_a_row) == (4, 0)
+
+
+def test_counters_in_a_row_start_anew_after_a_good_step():
+    losses = [1, np.nan, np.nan, 1, np.inf, np.nan, np.nan]
+    _, spikes = judge_all(losses, np.ones(7))
+    assert (spikes.skipped, spikes.non_finite, spikes.skipped_in_a_row) == (5, 5, 3)
+    # Non-finite values are only counted: the ring holds the others.
+    assert spikes.loss.seen == 2 and spikes.loss.values[:3].tolist() == [1, 1, 0]
+
+
+def test_with_skipping_off_everything_after_the_first_nan_is_left_out():
+    """So that the state is still the one that led to it when somebody looks."""
+    usual = 3 + 0.01 * (-1.0) ** np.arange(WINDOW)
+    config = OptimizerConfig(skip_spikes=False)
+    losses = [*usual, 9.0, np.nan, 3.0, 3.0]
+    skips, _ = judge_all(losses, np.ones(WINDOW + 4), config)
+    assert skips[WINDOW:].tolist() == [False, True, True, True]

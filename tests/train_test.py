@@ -1,5 +1,6 @@
 """The step is arithmetic: slices, devices and precision leave the update what it is."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -239,3 +240,40 @@ def test_without_weights_nothing_is_divided_by_zero() -> None:
     after, losses = run_steps(config, 1, batches=lambda _: nothing)
     assert losses == [0.0]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+
+
+# --------------------------------------------------------------------------------- spikes
+
+
+def test_a_spike_leaves_parameters_moments_and_count_untouched() -> None:
+    """Of a loss that is no number, and of a finite one above a window of low ones."""
+    config = tiny(optimizer={"schedule": "cosine", "warmup_steps": 4})
+    tx = optimizer.build(config.optimizer, config.train.num_steps)
+    graph, _ = state.model_graph(config.model)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    step = jax.jit(functools.partial(train.train_step, graph=graph, config=config, tx=tx))
+    good = jax.tree.map(jnp.asarray, ragged_batch())
+    bad = {**good, "weights": good["weights"].at[0, 0].set(jnp.nan)}
+    before, _ = step(state.create(config.model, mesh, tx, 0), good)
+
+    low = 1 + 0.01 * (-1.0) ** np.arange(optimizer.SPIKE_WINDOW)
+    usual = optimizer.Recent(jnp.asarray(low, jnp.float32), jnp.asarray(low.size, jnp.int32))
+    warned = dataclasses.replace(before, spikes=before.spikes._replace(loss=usual))
+    for start, batch, finite in ((before, bad, False), (warned, good, True)):
+        after, metrics = step(start, batch)
+        assert np.isfinite(float(metrics["loss"])) == finite
+        for untouched in ("params", "opt_state"):
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                getattr(after, untouched),
+                getattr(start, untouched),
+            )
+        assert int(after.step) == int(start.step) + 1
+        assert (int(metrics["skipped"]), int(metrics["non_finite"])) == (1, int(not finite))
+        assert int(metrics["skipped_in_a_row"]) == 1
+        # A finite value is remembered though its update is not made.
+        assert int(after.spikes.loss.seen) == int(start.spikes.loss.seen) + finite
+        # The next update takes up the schedule where it stood, and is made.
+        _, metrics = step(after, good)
+        rate = optimizer.schedule(config.optimizer, config.train.num_steps)(1)
+        assert float(metrics["learning_rate"]) == pytest.approx(float(rate))

@@ -12,7 +12,13 @@ No pickle is ever loaded: arrays are tensorstore's, the rest is JSON.
 """
 
 from neo_jax.checkpoint.folder import CheckpointError
-from neo_jax.checkpoint.restoring import restore_params
+from neo_jax.checkpoint.restoring import restore_matching, restore_params
 from neo_jax.checkpoint.saving import Checkpointer, save_params
 
-__all__ = ["CheckpointError", "Checkpointer", "restore_params", "save_params"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "restore_matching",
+    "restore_params",
+    "save_params",
+]

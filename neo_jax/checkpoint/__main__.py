@@ -138,19 +138,20 @@ def _prune(folder: Folder, arguments: argparse.Namespace) -> int:
     config = CheckpointConfig(
         keep=arguments.keep, keep_every=arguments.keep_every, keep_best=arguments.keep_best
     )
-    going = folder.superfluous(config)
-    staying = [step for step in folder.steps() if step not in going]
-    if going and all(map(folder.problem, staying)):
-        raise ConfigError(
-            f"none of the checkpoints that would stay ({', '.join(map(str, staying))}) is "
-            f"good; nothing is removed. `verify` says which ones are."
-        )
-    broken = folder.leftovers(PARTIAL, REFUSED, DELETED)
-    for name in [*map(str, going), *(path.name for path in broken)]:
-        print(f"{'would remove' if arguments.dry_run else 'removing'} {name}")
-    if not arguments.dry_run:
-        folder.delete(going)
-        folder.clean(PARTIAL, REFUSED, DELETED)
+    with folder.locked():  # what a run is about to finish looks broken off
+        going = folder.superfluous(config)
+        staying = [step for step in folder.steps() if step not in going]
+        if going and all(map(folder.problem, staying)):
+            raise ConfigError(
+                f"none of the checkpoints that would stay ({', '.join(map(str, staying))}) is "
+                f"good; nothing is removed. `verify` says which ones are."
+            )
+        broken = folder.leftovers(PARTIAL, REFUSED, DELETED)
+        for name in [*map(str, going), *(path.name for path in broken)]:
+            print(f"{'would remove' if arguments.dry_run else 'removing'} {name}")
+        if not arguments.dry_run:
+            folder.delete(going)
+            folder.clean(PARTIAL, REFUSED, DELETED)
     return 0
 
 

@@ -6,14 +6,17 @@ Nothing here reads an array.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from neo_jax.checkpoint import digests
@@ -75,6 +78,33 @@ class Folder:
     def problem(self, step: int) -> str | None:
         """Why a checkpoint is not to be trusted; None if every file is as it was written."""
         return digests.problem(self.at(step))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process writes or removes checkpoints here.
+
+        A kill ends it, too. Some network file systems know no locks; nothing is locked there.
+
+        Raises:
+          CheckpointError: another process is at it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        number = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(number)
+            raise CheckpointError(
+                f"{self.path} is in use by another process; wait until it has ended, or "
+                f"choose another workdir."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL):
+                raise
+        try:
+            yield
+        finally:
+            os.close(number)
 
     def finish(self, step: int, meta: Mapping[str, Any]) -> None:
         """Makes a checkpoint visible whose arrays are all written."""

@@ -7,6 +7,7 @@ damaged is refused by name; what does not fit is listed.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -15,13 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from neo_jax.checkpoint.folder import CheckpointError, Folder
 from neo_jax.config import ConfigError
 from neo_jax.state import Params
-
-_SHOWN = 4  # names in one list of an error
 
 
 def newest_good(folder: Folder, *, put_aside: bool) -> int | None:
@@ -114,6 +114,51 @@ def restore_params(workdir: pathlib.Path, abstract: Params) -> Params:
     return read(folder, step, {"params": abstract})["params"]
 
 
+def restore_matching(workdir: str | os.PathLike[str], fresh: Params) -> Params:
+    """The parameters of the newest good checkpoint of another model, as far as they fit.
+
+    What is missing there or has another shape stays as it is in `fresh`; that, and what there
+    is besides, is told by name.
+
+    Args:
+      fresh: arrays; those taken get their types and shardings.
+
+    Raises:
+      ConfigError: the workdir holds no checkpoint, or nothing in it fits.
+    """
+    folder = Folder.of(pathlib.Path(workdir))
+    step = newest_good(folder, put_aside=False)
+    if step is None:
+        raise ConfigError(f"{workdir} holds no checkpoint; name the workdir of a run.")
+    saved = {
+        name: shape
+        for name, shape in names_saved(folder, step).items()
+        if name.startswith("params.")
+    }
+    wanted = _names({"params": fresh})
+    flat = traverse_util.flatten_dict({"params": fresh}, sep=".")
+    fitting = {name: x for name, x in flat.items() if saved.get(name, ((), ""))[0] == x.shape}
+    differences = _differences(saved, wanted, is_part=False)
+    if not fitting:
+        raise ConfigError(
+            f"checkpoint {folder.at(step)} has nothing that fits: {'; '.join(differences)}."
+        )
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fitting
+    )
+    taken = read(folder, step, traverse_util.unflatten_dict(abstract, sep="."))
+    tell(
+        f"{len(fitting)} of {len(flat)} parameters are those of {folder.at(step)}"
+        + (
+            f"; what differs is left fresh, or out: {'; '.join(differences)}."
+            if differences
+            else "."
+        )
+    )
+    flat |= traverse_util.flatten_dict(taken, sep=".")
+    return traverse_util.unflatten_dict(flat, sep=".")["params"]
+
+
 def is_params_alone(folder: Folder, step: int) -> bool:
     """Whether a checkpoint holds parameters and nothing to train on with."""
     return {name.split(".")[0] for name in names_saved(folder, step)} == {"params"}
@@ -166,9 +211,4 @@ def _differences(
         if name in saved and saved[name][0] != wanted[name][0]
     ]
     lists = {"it lacks": missing, "it has besides": extra, "it has": other}
-    return [f"{words} {_listed(names)}" for words, names in lists.items() if names]
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return [f"{words} {', '.join(names)}" for words, names in lists.items() if names]

@@ -47,17 +47,27 @@ class Checkpointer:
         self._folder = Folder.of(workdir)
         self._config, self._clock = config, clock
         self._last_saved_at = clock()
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(),
+            # Else a folder that cannot be created is only told after orbax waited for it for
+            # ten minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saving: int | None = None
+        self._lock = contextlib.ExitStack()
         if jax.process_index() == 0:
+            self._lock.enter_context(self._folder.locked())
             self._folder.clean(PARTIAL, DELETED)  # of a run that was killed
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # Where a run of several processes fails, the others may be gone: nobody to wait for.
+        if kind is not None and jax.process_count() > 1:
+            return
         try:
             self.wait()
         except CheckpointError:
@@ -65,6 +75,7 @@ class Checkpointer:
                 raise
         finally:
             self._orbax.close()
+            self._lock.close()
 
     def latest_step(self) -> int | None:
         """Steps made at the newest checkpoint; None if there is none."""
@@ -169,23 +180,6 @@ class Checkpointer:
     def is_params_alone(self, step: int) -> bool:
         """Whether a checkpoint holds parameters and nothing to train on with."""
         return restoring.is_params_alone(self._folder, step)
-
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest good checkpoint; those that are not are refused by name.
-
-        Args:
-          abstract: shapes, types and shardings wanted, which need not be those of the saver.
-
-        Returns:
-          The state, placed, and the data's position.
-
-        Raises:
-          CheckpointError: none is good.
-          ConfigError: it is of another model or recipe; what is missing or extra is listed.
-        """
-        step = self.newest_good()
-        assert step is not None, "ask latest_step first"
-        return self.read(step, abstract), self.meta(step)["data"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was noted beside the arrays of a checkpoint."""
