@@ -4,8 +4,8 @@ Writes the State of the Union addresses, cut into documents of about 4 KB, as JS
 times in one run, turn about: `tokenizers.encode_batch_fast` alone in one process and in two
 (each with half of the text, their start not counted), and `prepare` with one process and with
 two (from the call to the manifest, the start of processes included). Prints MB of text a
-second, the part of the library's own speed that is left, and what a second process gives to
-each: two virtual cores need not be twice one.
+second of the clock and of the cores' time, the part of the library's own speed that is left,
+and what a second process gives to each: two virtual cores need not be twice one.
 """
 
 from __future__ import annotations
@@ -37,24 +37,31 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     texts = read_texts() * arguments.copies
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    speeds: dict[str, list[float]] = {}
+    wall: dict[str, list[float]] = {}
+    cores: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
         with open(path / "texts.jsonl", "w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         for reading in range(arguments.readings):
             for number in (1, 2):
-                for name, seconds in (
+                for name, (seconds, cpu) in (
                     ("library", time_library(texts, number)),
                     ("prepare", time_prepare(path, number, reading)),
                 ):
-                    speeds.setdefault(f"{name}_{number}", []).append(megabytes / seconds)
-    middle = {name: statistics.median(values) for name, values in speeds.items()}
+                    wall.setdefault(f"{name}_{number}", []).append(megabytes / seconds)
+                    cores.setdefault(f"{name}_{number}", []).append(megabytes / cpu)
+    middle = {name: statistics.median(values) for name, values in wall.items()}
+    core = {name: statistics.median(values) for name, values in cores.items()}
     line = {
         "megabytes": round(megabytes, 1),
-        "mb_per_second": {name: [round(v, 2) for v in speeds[name]] for name in speeds},
+        "mb_per_second": {name: [round(v, 2) for v in wall[name]] for name in wall},
+        "mb_per_core_second": {name: [round(v, 2) for v in cores[name]] for name in cores},
         "part_of_library": round(middle["prepare_1"] / middle["library_1"], 3),
-        "part_of_library_of_2": round(middle["prepare_2"] / middle["library_2"], 3),
+        "part_of_library_per_core_second": round(core["prepare_1"] / core["library_1"], 3),
+        "part_of_library_per_core_second_of_2": round(
+            core["prepare_2"] / core["library_2"], 3
+        ),
         "second_process_library": round(middle["library_2"] / middle["library_1"], 2),
         "second_process_prepare": round(middle["prepare_2"] / middle["prepare_1"], 2),
     }
@@ -69,12 +76,13 @@ def read_texts() -> list[str]:
     return [text[i : i + step] for text in whole for i in range(0, len(text), step)]
 
 
-def time_library(texts: list[str], num_processes: int) -> float:
-    """Seconds until the last of the processes is done, from when all are ready."""
+def time_library(texts: list[str], num_processes: int) -> tuple[float, float]:
+    """Seconds until the last of the processes is done, from when all are ready; and of CPU."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(num_processes + 1)
+    used = context.SimpleQueue()
     processes = [
-        context.Process(target=_encode, args=(texts[i::num_processes], ready))
+        context.Process(target=_encode, args=(texts[i::num_processes], ready, used))
         for i in range(num_processes)
     ]
     for process in processes:
@@ -83,21 +91,25 @@ def time_library(texts: list[str], num_processes: int) -> float:
     start = time.perf_counter()
     for process in processes:
         process.join()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, sum(used.get() for _ in processes)
 
 
-def _encode(texts: list[str], ready: Any) -> None:
+def _encode(texts: list[str], ready: Any, used: Any) -> None:
     backend = tokenizers.load("gpt2")._backend
     ready.wait()
+    start = time.process_time()
     for i in range(0, len(texts), BATCH_DOCUMENTS):
         batch = texts[i : i + BATCH_DOCUMENTS]
         backend.encode_batch_fast(batch, add_special_tokens=False)
+    used.put(time.process_time() - start)
 
 
-def time_prepare(folder: pathlib.Path, num_processes: int, reading: int) -> float:
-    """Seconds from the call to the finished manifest, processes started and all."""
+def time_prepare(
+    folder: pathlib.Path, num_processes: int, reading: int
+) -> tuple[float, float]:
+    """Seconds from the call to the manifest, processes started and all; and of CPU."""
     config = DataConfig(source=str(folder / "texts.jsonl"))
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds()
     prepare.prepare(
         config,
         folder / f"tokens-{num_processes}-{reading}",
@@ -105,7 +117,12 @@ def time_prepare(folder: pathlib.Path, num_processes: int, reading: int) -> floa
         shard_bytes=256 << 20,
         show_progress=False,
     )
-    return time.perf_counter() - start
+    return time.perf_counter() - start, cpu_seconds() - cpu
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it waited for, in the system's name too."""
+    return sum(os.times()[:4])
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ def main() -> None:
     tokenizer = pipeline.load_tokenizer(config)
     whole = draw(config, tokenizer, 0, arguments.sequences)
     print(json.dumps({"sequences": len(whole), "sha256": digest(whole)}))
+    resume_everywhere(config, tokenizer, whole)
+    if config.mixture:
+        check_proportions(config, tokenizer, arguments.sequences)
     ways = [(0, hosts, size) for hosts in HOSTS for size in BATCH_SIZES]
     ways += [(1, 1, 16), (1, 2, 32), (1, 4, 8), (4, 1, 8), (4, 2, 16), (4, 4, 32)]
     for workers, hosts, size in ways:
@@ -47,9 +50,6 @@ def main() -> None:
         line = {"workers": workers, "hosts": hosts, "batch_size": size}
         line |= {"sha256": digest(found), "seconds": seconds_since(start)}
         print(json.dumps(line), flush=True)
-    resume_everywhere(config, tokenizer, whole)
-    if config.mixture:
-        check_proportions(config, tokenizer, arguments.sequences)
 
 
 def settings(names: list[str], sequences: int) -> DataConfig:

@@ -29,7 +29,9 @@ class Tally:
         """Counts one record."""
         if isinstance(outcome, EncodedDocument):
             group = self._groups.setdefault(outcome.group, collections.Counter())
-            group.update(documents=1, bytes=outcome.num_bytes, tokens=len(outcome.ids) - 1)
+            group["documents"] += 1
+            group["bytes"] += outcome.num_bytes
+            group["tokens"] += len(outcome.ids) - 1
             return
         self._left_out[outcome.kind] += 1
         if outcome.kind != "empty" and len(self._examples) < _EXAMPLES:

@@ -11,6 +11,7 @@ token is the one before it, and eos for the first.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -169,18 +170,19 @@ def _bad_id(document: Document, vocab_size: int) -> str:
 def _assemble(
     index: int, document: Document, parts: list[tuple[Any, bool]], tokenizer: Tokenizer
 ) -> EncodedDocument:
-    dtype = token_dtype(tokenizer.vocab_size)
-    length = sum(len(ids) for ids, _ in parts)
-    ids = np.empty(length + 1, dtype)
+    lengths = [len(part) for part, _ in parts]
+    ids = np.empty(sum(lengths) + 1, token_dtype(tokenizer.vocab_size))
     ids[-1] = tokenizer.eos_id
-    trainable = np.ones(length + 1, bool)
     start = 0
-    for part, learn in parts:
-        ids[start : start + len(part)] = part
-        trainable[start : start + len(part)] = learn
-        start += len(part)
+    for (part, _), length in zip(parts, lengths, strict=True):
+        # An array of numbers is copied in half the time of a list of them.
+        ids[start : start + length] = array.array("I", part) if type(part) is list else part
+        start += length
+    mask = None
+    if not all(learn or not length for (_, learn), length in zip(parts, lengths, strict=True)):
+        learned = [learn for _, learn in parts]
+        mask = np.append(np.repeat(learned, lengths), True)  # the end is always learned
     num_bytes, digest = _measure(document.parts, tokenizer)
-    mask = None if trainable.all() else trainable
     return EncodedDocument(index, ids, mask, num_bytes, document.group, digest)
 
 
