@@ -62,8 +62,8 @@ def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
     """Parameters as the layers take them: kernels in the type of the computation.
 
     They are cast once a step and where they lie, so that half the bytes travel when a
-    layer's are gathered. What is used by more than products stays: LayerNorms in their own
-    precision, and the embedding, whose gradient is a sum over many tokens.
+    layer's are gathered. LayerNorms stay in their own precision, and the embedding is cast
+    where it is used, so that the head's gradient is a float32 sum over many tokens.
 
     Args:
       params: as the optimiser keeps them.

@@ -52,8 +52,8 @@ class Blocks:
 
 # By generation of TPU: (a global layer's blocks, a local layer's). Large blocks spare grid
 # steps, small ones compute less of what is masked, which is most of a local layer's rows.
-# Each row compiles for its generation at head_dim 64, 80 and 128 (tests/splash_tpu_test.py);
-# they are chosen by counting scores and steps, not measured on the chips.
+# Each row compiles for its generation (docs/lab_log.md says at which shapes); they are chosen
+# by counting scores and steps, not measured on the chips.
 _BIG = Blocks(1024, 1024, 512, 1024, 1024, 512, fused=True)
 _SMALL = Blocks(512, 512, 512, 512, 512, 512, fused=True)
 _WINDOW = Blocks(512, 256, 256, 512, 256, 256, fused=False)
@@ -66,7 +66,7 @@ BLOCKS: Mapping[str, tuple[Blocks, Blocks]] = {
     "v6e": (_BIG, _WINDOW),
     "tpu7x": (_BIG, _WINDOW),
 }
-# Their matrix units take bfloat16 from the compiler, but Mosaic does not compile it for them.
+# Mosaic does not compile bfloat16 vectors for them.
 _FLOAT32_ONLY = ("v2", "v3")
 
 
