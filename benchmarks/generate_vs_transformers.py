@@ -4,10 +4,13 @@ GPT-Neo 125M with random weights in float32 writes greedily after random prompts
 turns in one process, so that whatever else the machine does meets both; the time of a token is
 the difference between a long and a short text, divided by their difference in tokens, so that
 reading the prompt does not count. The bandwidth is that of summing 256 MiB, in the same run.
+With `--filled` nobody reads prompts, which takes minutes where they are many and long: both
+caches are filled with random numbers, and transformers' model is called step by step, which
+leaves out what its `generate` does besides.
 
     pip install 'neo-jax[oracle]'
     python benchmarks/generate_vs_transformers.py --batch 1 --prompt 64
-    python benchmarks/generate_vs_transformers.py --batch 32 --prompt 1500 --repeats 2
+    python benchmarks/generate_vs_transformers.py --batch 32 --prompt 1500 --tokens 8 --filled
 """
 
 from __future__ import annotations
@@ -28,12 +31,25 @@ import transformers
 
 from neo_jax import config as config_lib
 from neo_jax import hf, host_memory, state
-from neo_jax.generate import Generator, from_keywords
+from neo_jax.generate import Generator, cache, from_keywords
 
 Write = Callable[[int], list[list[int]]]  # new tokens → the texts
 
 
-def sides(prompts: list[list[int]], int8: bool) -> dict[str, Write]:
+class Filled(Generator):
+    """A generator whose caches are full of random numbers instead of prompts."""
+
+    def _read_prompts(self, params, ids, count, options):  # type: ignore[no-untyped-def]
+        if not hasattr(self, "kept"):
+            caches = cache.empty(
+                self.config, batch_size=len(ids), capacity=ids.shape[1], chunk=1, dtype="auto"
+            )
+            noise = np.random.default_rng(0).normal(size=2**16).astype(np.float32)
+            self.kept = jax.tree.map(lambda x: jnp.asarray(np.resize(noise, x.shape)), caches)
+        return jax.block_until_ready(jax.tree.map(jnp.copy, self.kept))
+
+
+def sides(prompts: list[list[int]], int8: bool, filled: bool) -> dict[str, Write]:
     """What writes so many tokens after each prompt."""
     config = config_lib.preset_model("neo_125m")
     torch.manual_seed(0)
@@ -47,7 +63,8 @@ def sides(prompts: list[list[int]], int8: bool) -> dict[str, Write]:
     ids = torch.tensor(prompts)
 
     def ours(weight_dtype: str) -> Write:
-        generator = Generator(config, graph, params, None, weight_dtype=weight_dtype)
+        kind = Filled if filled else Generator
+        generator = kind(config, graph, params, None, weight_dtype=weight_dtype)
 
         def write(count: int) -> list[list[int]]:
             options = from_keywords(
@@ -68,7 +85,23 @@ def sides(prompts: list[list[int]], int8: bool) -> dict[str, Write]:
             )
         return out[:, ids.shape[1] :].tolist()
 
-    both = {"neo_jax": ours("auto"), "transformers": transformers_write}
+    heads = [torch.randn(len(prompts), 12, ids.shape[1] - 1, 64) for _ in range(2)]
+
+    def transformers_steps(count: int) -> list[list[int]]:
+        past, token, texts = transformers.DynamicCache(), ids[:, -1:], []
+        for layer in range(config.num_layers):
+            past.update(*heads, layer)
+        with torch.no_grad():
+            for _ in range(count):
+                out = theirs(token, past_key_values=past, use_cache=True)
+                token = out.logits[:, -1:].argmax(dim=-1)
+                texts.append(token[:, 0].tolist())
+        return np.transpose(texts).tolist()
+
+    both = {
+        "neo_jax": ours("auto"),
+        "transformers": transformers_steps if filled else transformers_write,
+    }
     return {**both, "neo_jax int8": ours("int8")} if int8 else both
 
 
@@ -94,13 +127,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="new tokens that are timed")
     parser.add_argument("--repeats", type=int, default=5, help="turns that are timed")
     parser.add_argument("--int8", action="store_true", help="also with weights in int8")
+    parser.add_argument("--filled", action="store_true", help="caches of random numbers")
     parser.add_argument("--json", help="file for the result")
     arguments = parser.parse_args()
 
     host_memory.keep_freed_memory()
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, 50257, (arguments.batch, arguments.prompt)).tolist()
-    writers = sides(prompts, arguments.int8)
+    writers = sides(prompts, arguments.int8, arguments.filled)
     short, long = 2, 2 + arguments.tokens
     texts = {name: write(long) for name, write in writers.items()}  # compiles and warms up
     for write in writers.values():
@@ -128,7 +162,8 @@ def main() -> None:
     floor = weights / rate
     print(f"  bandwidth {rate / 1e9:.1f} GB/s: the weights alone take {floor * 1e3:.1f} ms,")
     print(f"  {floor / medians['neo_jax']:.0%} of our step")
-    print(f"  {same} of {len(prompts)} texts are equal, of {long} tokens each")
+    if not arguments.filled:
+        print(f"  {same} of {len(prompts)} texts are equal, of {long} tokens each")
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"medians": medians, "seconds": seconds, "bandwidth": rates}, file)

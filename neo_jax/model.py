@@ -176,7 +176,9 @@ class Attention(nnx.Module):
         self.out = Linear(
             config,
             rngs,
-            equation="BTNH,NHD->BTD",
+            # Heads are G here: einsum contracts in the order of the alphabet, and in another
+            # order than the kernel's own it would copy the kernel first.
+            equation="BTGH,GHD->BTD",
             std=std["out"],
             sizes={name: sizes[name] for name in ("heads", "head_dim", "embed")},
             bias="embed",

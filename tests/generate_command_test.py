@@ -27,6 +27,12 @@ MODEL = config.ModelConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command would keep compiled programs where the user has them."""
+    monkeypatch.setattr(command.compilation, "use_cache", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("workdir")

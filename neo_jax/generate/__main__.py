@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from neo_jax import pretrained, sharding
+from neo_jax import compilation, host_memory, pretrained, sharding
 from neo_jax.config import ConfigError, MeshConfig
 from neo_jax.generate import Options, Written, from_keywords
 from neo_jax.pretrained import LanguageModel
@@ -67,6 +67,8 @@ _CHOICES = {
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
+    host_memory.keep_freed_memory()
+    compilation.use_cache()
     try:
         options = from_keywords(_options(arguments))
         prompts = _prompts(arguments)

@@ -39,10 +39,10 @@ _INT8_MAX = 127
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, [batch, heads, slots, head_dim].
+    """A layer's keys [batch, heads, head_dim, slots], values [batch, heads, slots, head_dim].
 
-    `window` is None in a global layer. The scales, [batch, heads, slots] in float32, are there
-    in int8 caches only.
+    Both lie as products want them, which would else copy them at each token. `window` is None
+    in a global layer. The scales, [batch, heads, slots] in float32, are in int8 caches only.
     """
 
     key: Any  # a jax.Array, or what stands for one in trees of shapes and shardings
@@ -54,7 +54,7 @@ class LayerCache:
     @property
     def num_slots(self) -> int:
         """Tokens that it can hold."""
-        return int(self.key.shape[2])
+        return int(self.value.shape[2])
 
 
 Caches = tuple[LayerCache, ...]  # one a layer, from the bottom up
@@ -77,16 +77,17 @@ def empty(
     def one_layer(attention_type: str) -> LayerCache:
         window = config.window_size if attention_type == "local" else None
         slots = capacity if window is None else min(capacity, window + chunk - 1)
-        shape = (batch_size, config.num_heads, slots, config.head_dim)
+        B, N, H = batch_size, config.num_heads, config.head_dim
 
         def zeros(shape: tuple[int, ...], kind: jnp.dtype) -> jax.Array:
             names = ("batch", "heads", None, None)[: len(shape)]
             return constrain(jnp.zeros(shape, kind), *names)
 
         def scale() -> jax.Array | None:
-            return zeros(shape[:3], jnp.dtype("float32")) if kind == jnp.int8 else None
+            return zeros((B, N, slots), jnp.dtype("float32")) if kind == jnp.int8 else None
 
-        return LayerCache(zeros(shape, kind), zeros(shape, kind), scale(), scale(), window)
+        key, value = zeros((B, N, H, slots), kind), zeros((B, N, slots, H), kind)
+        return LayerCache(key, value, scale(), scale(), window)
 
     return tuple(one_layer(attention_type) for attention_type in config.layer_types)
 
@@ -107,11 +108,20 @@ def fit(caches: Caches, length: Int[Array, " batch"], chunk: int) -> Caches:
         # Slot s of the new ring takes the newest token that belongs there.
         from_BS = _held(length, slots) % cache.num_slots
 
-        def move(x_BNS: jax.Array) -> jax.Array:
-            index = from_BS.reshape(from_BS.shape[0], 1, slots, *[1] * (x_BNS.ndim - 3))
-            return jnp.take_along_axis(x_BNS, index, axis=2)
+        def move(x: jax.Array | None, axis: int) -> jax.Array | None:
+            if x is None:
+                return None
+            shape = [slots if i == axis else 1 for i in range(x.ndim)]
+            shape[0] = x.shape[0]
+            return jnp.take_along_axis(x, from_BS.reshape(shape), axis=axis)
 
-        return jax.tree.map(move, cache)
+        return LayerCache(
+            move(cache.key, 3),
+            move(cache.value, 2),
+            move(cache.key_scale, 2),
+            move(cache.value_scale, 2),
+            cache.window,
+        )
 
     return tuple(one_layer(cache) for cache in caches)
 
@@ -130,16 +140,51 @@ class Step:
 
     def attend(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Step]:
         """See `model.Memory`. A row without a token keeps its cache, and gets some average."""
-        cache = _write(self.cache, key, value, self.positions)
-        mask_BTS = self._mask(cache)
-        context = _softmax_average(query, cache, mask_BTS)
+        context = self._softmax_average(query, key, value)
+        # So that the write waits for the read, which leaves it in place: without an order
+        # between them XLA copies the cache, at each token. 0 × x is x's NaN, else 0.
+        wait = 0 * context
+        cache = _write(self.cache, key + wait, value + wait, self.positions)
         return context, dataclasses.replace(self, cache=cache)
 
-    def _mask(self, cache: LayerCache) -> Bool[Array, "batch query slot"]:
-        held_B1S = _held(self.length, cache.num_slots)[:, None]
-        distance_BTS = self.positions[:, :, None] - held_B1S
-        mask_BTS = (held_B1S >= 0) & (distance_BTS >= 0)
-        return mask_BTS if cache.window is None else mask_BTS & (distance_BTS < cache.window)
+    def _softmax_average(self, q_BTNH: Array, key_BTNH: Array, value_BTNH: Array) -> Array:
+        """softmax(q·k) · v over the tokens in the cache and the new ones beside them.
+
+        The cache is read as it was: XLA would copy one that is written before it is read.
+        Scores and softmax are in at least float32.
+        """
+        cache, kind = self.cache, q_BTNH.dtype
+        float_type = jnp.promote_types(kind, jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=float_type)
+        old_BNTS = product("BTNH,BNHS->BNTS", q_BTNH, cache.key.astype(kind))
+        if cache.key_scale is not None:
+            old_BNTS *= cache.key_scale[:, :, None]
+        new_BNTS = product("BTNH,BSNH->BNTS", q_BTNH, key_BTNH)
+        scores_BNTS = jnp.concatenate([old_BNTS, new_BNTS], axis=-1)
+        # Finite, so that a row that sees nothing (one without a token) holds no NaN.
+        least = jnp.finfo(float_type).min
+        probs_BNTS = jax.nn.softmax(jnp.where(self._mask(), scores_BNTS, least), axis=-1)
+        old_BNTS, new_BNTS = jnp.split(probs_BNTS, [cache.num_slots], axis=-1)
+        if cache.value_scale is not None:
+            old_BNTS *= cache.value_scale[:, :, None]
+        old_BNTH = jnp.einsum(
+            "BNTS,BNSH->BNTH", old_BNTS.astype(kind), cache.value.astype(kind)
+        )
+        new_BNTH = jnp.einsum("BNTS,BSNH->BNTH", new_BNTS.astype(kind), value_BTNH)
+        return (old_BNTH + new_BNTH).swapaxes(1, 2)
+
+    def _mask(self) -> Bool[Array, "batch one query key"]:
+        """Which keys each query sees: those of all slots, then the new ones."""
+        before_B = self.length - (self.positions >= 0).sum(axis=1)
+        keys_BS = jnp.concatenate(
+            [_held(before_B, self.cache.num_slots), self.positions], axis=1
+        )
+        keys_B1S = keys_BS[:, None]
+        distance_BTS = self.positions[:, :, None] - keys_B1S
+        mask_BTS = (keys_B1S >= 0) & (distance_BTS >= 0)
+        if self.cache.window is not None:
+            mask_BTS &= distance_BTS < self.cache.window
+        return mask_BTS[:, None]
 
 
 def _held(length: Int[Array, " batch"], slots: int) -> Int[Array, "batch slots"]:
@@ -158,19 +203,16 @@ def _write(
     def put(into: jax.Array, what: jax.Array) -> jax.Array:
         return into.at[rows_B1, :, slots_BT].set(what.astype(into.dtype), mode="drop")
 
-    if cache.key_scale is None or cache.value_scale is None:
-        return dataclasses.replace(
-            cache, key=put(cache.key, key), value=put(cache.value, value)
-        )
-    key, key_scale = _quantise(key)
-    value, value_scale = _quantise(value)
-    return dataclasses.replace(
-        cache,
-        key=put(cache.key, key),
-        value=put(cache.value, value),
-        key_scale=put(cache.key_scale, key_scale),
-        value_scale=put(cache.value_scale, value_scale),
-    )
+    key_scale, value_scale = cache.key_scale, cache.value_scale
+    if key_scale is not None:
+        key, new_key_scale = _quantise(key)
+        value, new_value_scale = _quantise(value)
+        key_scale = put(key_scale, new_key_scale)
+        value_scale = put(value_scale, new_value_scale)
+    into_key = cache.key.at[rows_B1, :, :, slots_BT]
+    key = into_key.set(key.astype(cache.key.dtype), mode="drop")
+    value = put(cache.value, value)
+    return LayerCache(key, value, key_scale, value_scale, cache.window)
 
 
 def _quantise(x: Heads) -> tuple[jax.Array, jax.Array]:
@@ -178,22 +220,3 @@ def _quantise(x: Heads) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(x).max(axis=-1), jnp.finfo(jnp.float32).tiny) / _INT8_MAX
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
-
-
-def _softmax_average(
-    q_BTNH: jax.Array, cache: LayerCache, mask_BTS: Bool[Array, "batch query slot"]
-) -> jax.Array:
-    """softmax(q·k) · v with scores and softmax in at least float32."""
-    float_type = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    k_BNSH, v_BNSH = cache.key.astype(q_BTNH.dtype), cache.value.astype(q_BTNH.dtype)
-    scores_BNTS = jnp.einsum(
-        "BTNH,BNSH->BNTS", q_BTNH, k_BNSH, preferred_element_type=float_type
-    )
-    if cache.key_scale is not None:
-        scores_BNTS *= cache.key_scale[:, :, None]
-    # Finite, so that a row that sees nothing (one without a token) holds no NaN.
-    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(float_type).min)
-    probs_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
-    if cache.value_scale is not None:
-        probs_BNTS *= cache.value_scale[:, :, None]
-    return jnp.einsum("BNTS,BNSH->BTNH", probs_BNTS.astype(q_BTNH.dtype), v_BNSH)
