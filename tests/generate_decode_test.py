@@ -170,12 +170,13 @@ def test_bytes_of_the_caches_of_the_released_shapes() -> None:
 def test_int8_caches_hold_half_and_change_little() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, 12, 4, 8)).astype(np.float32) for _ in range(3))
-    contexts = {}
+    places, contexts = jnp.broadcast_to(jnp.arange(12), (2, 12)), {}
     for dtype in ("float32", "int8"):
         caches = cache.empty(MODEL, batch_size=2, capacity=16, chunk=12, dtype=dtype)
-        places = jnp.broadcast_to(jnp.arange(12), (2, 12))
         step = cache.Step(caches[0], places, jnp.full(2, 12))
-        contexts[dtype], after = step.attend(*map(jnp.asarray, (q, k, v)))
+        _, after = step.attend(*map(jnp.asarray, (q, k, v)))
+        step = cache.Step(after.cache, jnp.full((2, 1), 12), jnp.full(2, 13))
+        contexts[dtype], _ = step.attend(*(jnp.asarray(x[:, :1]) for x in (q, k, v)))
     error = np.abs(contexts["int8"] - contexts["float32"])
     assert 0 < error.max() < 0.03 * np.abs(contexts["float32"]).max()
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(after.cache)}

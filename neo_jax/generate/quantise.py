@@ -58,7 +58,9 @@ class Int8Linear(nnx.Module):
         x_JG1 = x.reshape(J, -1, 1)
         kernel_JGO = kernel.reshape(J, x_JG1.shape[1], -1)
         terms = (x_JG1[j] * kernel_JGO[j].astype(x.dtype) for j in range(J))
-        y_O = sum(terms, start=jnp.zeros((), x.dtype)).sum(axis=0)
+        terms_GO = sum(terms, start=jnp.zeros((), x.dtype))
+        # A product, not a sum: XLA would draw the terms into a sum's loop, seven times slower.
+        y_O = jnp.ones(terms_GO.shape[0], x.dtype) @ terms_GO
         return y_O.reshape(*lead, *kernel.shape[self.num_summed :])
 
 
