@@ -13,6 +13,8 @@ G and J input dimension split in two.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -53,12 +55,15 @@ class Int8Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def _one_row(self, x: Array) -> Array:
-        kernel, lead = self.kernel[...], x.shape[: x.ndim - self.num_summed]
+        # Bound to the token, lest XLA converts the kernel once for all, before the loop over
+        # tokens, which then would read four bytes a weight.
+        kernel, x = jax.lax.optimization_barrier((self.kernel[...], x))
+        lead = x.shape[: x.ndim - self.num_summed]
         J = _TERMS if x.size % _TERMS == 0 else 1
         x_JG1 = x.reshape(J, -1, 1)
         kernel_JGO = kernel.reshape(J, x_JG1.shape[1], -1)
         terms = (x_JG1[j] * kernel_JGO[j].astype(x.dtype) for j in range(J))
-        terms_GO = sum(terms, start=jnp.zeros((), x.dtype))
+        terms_GO = functools.reduce(jnp.add, terms)
         # A product, not a sum: XLA would draw the terms into a sum's loop, seven times slower.
         y_O = jnp.ones(terms_GO.shape[0], x.dtype) @ terms_GO
         return y_O.reshape(*lead, *kernel.shape[self.num_summed :])
