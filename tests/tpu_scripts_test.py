@@ -387,6 +387,13 @@ def test_run_joins_what_runs_already(cloud: Cloud) -> None:
     assert not cloud.calls("worker.sh start")
 
 
+def test_run_that_is_not_waited_for_is_started_once(cloud: Cloud) -> None:
+    cloud.have_pod()
+    cloud.run("run.sh", "--no_wait")
+    assert "run runs already." in cloud.run("run.sh", "--no_wait")
+    assert len(cloud.calls("worker.sh start")) == 1
+
+
 def test_run_starts_all_anew_where_one_host_dropped_out(cloud: Cloud) -> None:
     cloud.have_pod(jobs={"run": {"neo-w-0": ["running", "-"], "neo-w-1": ["lost", "-"]}})
     cloud.run("run.sh")

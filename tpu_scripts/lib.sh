@@ -223,6 +223,13 @@ verdict() {
 # The largest step of a checkpoint among STATES.
 step_of() { awk '$4 > step { step = $4 } END { print step + 0 }'; }
 
+# runs_everywhere JOB: whether all hosts run it.
+runs_everywhere() {
+  local workers
+  workers=$(count_workers) || die "$EXIT_FAILED" "the number of hosts cannot be learnt."
+  [[ $(job_states "$1" | verdict "$workers") == running ]]
+}
+
 # run_job JOB WORKDIR COMMAND…: starts it on every host, or joins it where it runs already;
 # waits; exits with its code. The last step of a checkpoint is left in STEP.
 run_job() {

@@ -44,6 +44,10 @@ main() {
   fi
   training "$@"
   if [[ ! $wait ]]; then
+    if [[ ! $DRY_RUN ]] && runs_everywhere "$RUN_NAME"; then
+      say "$RUN_NAME runs already."
+      return
+    fi
     on_all "$(worker start "$RUN_NAME" "$WORKDIR" "${TRAINING[@]}")" >&2
     return
   fi

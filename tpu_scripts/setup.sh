@@ -14,7 +14,7 @@ main() {
   parse "$@"
   ((${#REST[@]} == 0)) || die "$EXIT_MISTAKE" "unknown argument ${REST[0]}; see --help."
   load_settings
-  if [[ ! $DRY_RUN ]] && runs_already; then
+  if [[ ! $DRY_RUN ]] && runs_everywhere "$RUN_NAME"; then
     say "$RUN_NAME runs; nothing is changed under it. run.sh --stop ends it."
     return
   fi
@@ -32,12 +32,6 @@ main() {
     die "$EXIT_FAILED" "not every host is installed; the lines above say which."
   compare_versions
   count_devices
-}
-
-runs_already() {
-  local workers
-  workers=$(count_workers) || die "$EXIT_FAILED" "the number of hosts cannot be learnt."
-  [[ $(job_states "$RUN_NAME" | verdict "$workers") == running ]]
 }
 
 # The files that git knows, as they are now; the same files make the same bytes.

@@ -34,8 +34,8 @@ install() {
   fi
   rm -f "$VENV/digest"
   # The hosts' own Python is 3.10, too old; uv brings another without touching it.
-  command -v uv >/dev/null || python3 -m pip install --quiet --user uv
   PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || python3 -m pip install --quiet --user uv
   [[ -x $VENV/bin/python ]] || uv venv --quiet --python "$python_version" "$VENV"
   VIRTUAL_ENV=$VENV uv pip install --quiet \
     --constraint "$CODE/requirements/constraints.txt" --editable "${CODE}[$extra]"
