@@ -102,8 +102,24 @@ def test_a_pod_of_four_hosts_loses_one_and_goes_on(pod: Cloud) -> None:
     assert {tuple(state(pod, host)[:2]) for host in (0, 1, 3)} == {("ended", "69")}
 
     saved = int(state(pod, 0)[2])
-    told = pod.run("run.sh", "--", f"--config.train.num_steps={saved + 6}")
-    assert f"run started on {HOSTS} hosts." in told and "run ended with 0" in told
+    settings = ("--", f"--config.train.num_steps={saved + 6}")
+    # 75 asks to say it again: a machine that is busy for half a minute loses its company, too.
+    for _ in range(4):
+        done = subprocess.run(
+            [SCRIPTS / "run.sh", *settings],
+            cwd=pod.folder,
+            env=pod.environment,
+            stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert done.returncode in (0, 75), (done.stdout, logs(pod))
+        if done.returncode == 0:
+            break
+    assert f"run started on {HOSTS} hosts." in done.stdout
+    assert "run ended with 0" in done.stdout
     summary = json.loads((pod.folder / "run" / "summary.json").read_text())
     assert summary["step"] == saved + 6
     assert f"resuming after step {saved}" in logs(pod)
