@@ -330,7 +330,7 @@ def test_setup_copies_installs_and_counts(cloud: Cloud) -> None:
     (copied,) = cloud.calls("scp")
     assert {"--node=all", "--worker=all", "neo:neo_jax.tar.gz"} <= set(copied)
     assert cloud.calls("ssh", "worker.sh install") and cloud.calls("mount my-bucket")
-    assert cloud.calls("start check", "neo_jax.doctor --devices 8")
+    assert cloud.calls("start check", "neo_jax.doctor --distributed --devices 8")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ load_settings() {
   source "$ENV_FILE"
   : "${NUM_SLICES:=1}" "${PROVISIONING:=on-demand}" "${MOUNT:=/mnt/neo_jax}" "${RUN_NAME:=run}"
   : "${BUCKET:=}" "${NETWORK:=}" "${SUBNETWORK:=}" "${SERVICE_ACCOUNT:=}" "${VALID_UNTIL:=}"
-  : "${RESERVATION_PROJECT:=}" "${INTERNAL_IPS:=}" "${SSH_THROUGH:=}" "${MAIN_FLAGS:=}"
+  : "${RESERVATION_PROJECT:=}" "${INTERNAL_IPS:=}" "${SSH_THROUGH:=}" "${MAIN_FLAGS:=--coordinator auto}"
   : "${CONFIG:=}" "${OVERRIDES:=}" "${JOB_ENV:=}" "${PYTHON_VERSION:=3.11}" "${EXTRA:=tpu}"
   : "${POLL_SECONDS:=30}" "${MAX_FAILURES:=5}" "${PATIENCE:=10}" "${WORKDIR:=}"
   local key

@@ -78,7 +78,7 @@ compare_versions() {
 }
 
 count_devices() {
-  local code=0 command=(python -m neo_jax.doctor --devices "$(expected_devices)")
+  local code=0 command=(python -m neo_jax.doctor --distributed --devices "$(expected_devices)")
   run_job check "$WORKDIR" -- "${command[@]}" || code=$?
   ((code == 0)) || {
     on_all "$(worker tail check 5)" >&2 || true

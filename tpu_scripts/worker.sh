@@ -99,6 +99,7 @@ start() {
     shift
   done
   shift
+  set -- "${@//%HOST%/${JAX_PROCESS_ID:-0}}"
   for other in "$JOBS"/*/; do
     [[ -d $other ]] && stop "$(basename "$other")"
   done
