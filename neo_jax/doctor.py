@@ -27,7 +27,7 @@ from neo_jax import caches
 _EXAMPLES = """examples:
   neo-jax doctor
   neo-jax doctor --json
-  neo-jax doctor --devices 32     also wrong: another number, of all hosts together
+  neo-jax doctor --distributed --devices 32     on all hosts of a pod at the same time
 """
 
 # What a figure or a fault may depend on.
@@ -62,7 +62,7 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    report = examine(arguments.devices)
+    report = examine(arguments.devices, distributed=arguments.distributed)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:
@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="let the hosts of a pod find each other first",
+    )
     parser.add_argument("--json", action="store_true", help="facts and faults as JSON")
     parser.add_argument(
         "--devices", type=int, metavar="N", help="devices that should be there"
@@ -84,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def examine(expected_devices: int | None = None) -> Report:
+def examine(expected_devices: int | None = None, *, distributed: bool = False) -> Report:
     """Looks at everything; a part that cannot be looked at is a fault, not an end."""
     report = Report()
     looks: tuple[tuple[str, Callable[[Report], dict[str, Any]]], ...] = (
         ("versions", _versions),
-        ("devices", lambda report: _devices(report, expected_devices)),
+        ("devices", lambda report: _devices(report, expected_devices, distributed)),
         ("machine", _machine),
         ("caches", _caches),
         ("environment", _environment),
@@ -152,12 +157,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 # -------------------------------------------------------------------------------- devices
 
 
-def _devices(report: Report, expected: int | None) -> dict[str, Any]:
+def _devices(report: Report, expected: int | None, distributed: bool) -> dict[str, Any]:
     import jax
 
     try:
+        if distributed:
+            jax.distributed.initialize()
         devices = jax.devices()
-    except RuntimeError as error:  # no backend, or a chip that another process holds
+    except (RuntimeError, ValueError) as error:  # no backend, a chip in use, no other hosts
         line = str(error).strip().splitlines()[0]
         report.faults.append(f"JAX finds no device: {line}{_holders()}")
         return {}

@@ -55,6 +55,15 @@ def test_no_device_at_all(monkeypatch):
     assert faults() == line
 
 
+def test_hosts_that_do_not_find_each_other(monkeypatch):
+    def refuse():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", refuse)
+    (fault,) = doctor.examine(distributed=True).faults
+    assert fault == "JAX finds no device: coordinator_address should be defined."
+
+
 def test_an_accelerator_that_jax_does_not_use(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(
