@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from neo_jax import caches
+from neo_jax import distributed as distributed_lib
 
 _EXAMPLES = """examples:
   neo-jax doctor
@@ -162,7 +163,7 @@ def _devices(report: Report, expected: int | None, distributed: bool) -> dict[st
 
     try:
         if distributed:
-            jax.distributed.initialize()
+            distributed_lib.start()
         devices = jax.devices()
     except (RuntimeError, ValueError) as error:  # no backend, a chip in use, no other hosts
         line = str(error).strip().splitlines()[0]

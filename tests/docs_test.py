@@ -54,6 +54,12 @@ def test_links_lead_somewhere(page: pathlib.Path) -> None:
             assert anchor in anchors(other), target
 
 
+@pytest.mark.parametrize("name", ["CHANGELOG.md", "CONTRIBUTING.md"])
+def test_what_the_site_takes_in_from_elsewhere_links_to_nothing_beside_it(name: str) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text())
+    assert all(target.startswith("http") for target in targets), targets
+
+
 @each_page
 def test_python_is_python(page: pathlib.Path) -> None:
     for block in blocks(page, "python"):
