@@ -82,10 +82,15 @@ def read_and_write(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
     most: dict[int, int] = collections.defaultdict(int)  # bytes, by the device's id
 
     def look() -> None:
-        now: dict[int, int] = collections.defaultdict(int)
+        # By address: a part that was looked at is an array of its own from then on.
+        parts = {}
         for array in jax.live_arrays():
             for shard in array.addressable_shards:
-                now[shard.device.id] += shard.data.nbytes
+                where = shard.device.id, shard.data.unsafe_buffer_pointer()
+                parts[where] = shard.data.nbytes
+        now: dict[int, int] = collections.defaultdict(int)
+        for (device, _), size in parts.items():
+            now[device] += size
         for device, held in now.items():
             most[device] = max(most[device], held)
 
