@@ -124,6 +124,18 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(
     assert report["predicted_step_seconds"] is None
 
 
+def test_where_tensors_lie_is_printed_without_compiling(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(topologies, "libtpu_version", lambda: "0.0")
+    argv = ["--config=neo_125m", "--topology=v5e-4", "--show_sharding"]
+    assert plan.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "4 chips" in text and "fsdp 4" in text
+    assert "embed 768 ÷ fsdp 4" in text
+
+
 # ------------------------------------------------------------------------- real compiler
 
 
@@ -194,6 +206,7 @@ CASES = {
 def test_a_real_step_is_predicted_within_what_is_possible(planned: dict[str, object]) -> None:
     assert planned["fits"] is True
     assert planned["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
+    assert planned["remat"] == "full" and planned["gather_weights"] == "layer"
     assert planned["chips"] == 4 and planned["libtpu"] == importlib.metadata.version("libtpu")
     seconds = planned["predicted_step_seconds"]
     assert 0 < seconds <= planned["predicted_step_seconds_without_overlap"]

@@ -424,6 +424,16 @@ def test_candidates_divide_and_the_best_fits() -> None:
     assert fastest == sorted(fastest)
 
 
+def test_slices_are_joined_by_data_parallelism() -> None:
+    config = config_lib.Config(
+        model=config_lib.preset_model("neo_1p3b"), data=config_lib.DataConfig(batch_size=64)
+    )
+    for candidate in search.candidates(config, topologies.parse("v5e-16", num_slices=2)):
+        mesh = candidate.config.mesh
+        assert mesh.slices == 2
+        assert mesh.data * mesh.fsdp * mesh.tensor == 16  # of one slice
+
+
 def test_a_batch_smaller_than_the_mesh_is_told() -> None:
     config = config_lib.Config(
         model=dataclasses.replace(config_lib.preset_model("neo_1p3b"), num_heads=1),

@@ -15,14 +15,14 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from neo_jax import metrics, optimizer, sharding, state, train
+from neo_jax import metrics, optimizer, sharding, state, train, xla_flags
 from neo_jax.config import Config
 from neo_jax.planning import hlo, predict, topologies
 from neo_jax.planning.topologies import Topology
@@ -68,6 +68,9 @@ class Report:
     seq_len: int
     accumulation_steps: int
     remat: str
+    remat_save: Sequence[str]
+    remat_offload: Sequence[str]
+    gather_weights: str
     compile_seconds: float
     libtpu: str
     jax: str
@@ -79,12 +82,15 @@ def compile_step(config: Config, topology: Topology) -> Report:
     Raises:
       ConfigError: there is no compiler, or the config does not go with the topology.
     """
-    devices = topologies.devices(topology)
-    mesh = sharding.make_mesh(config.mesh, devices)
+    config = on_slices(config, topology)
+    mesh = sharding.make_mesh(config.mesh, topologies.devices(topology))
+    with jax.set_mesh(mesh):
+        flags = xla_flags.options(sharding.target(), slices=topology.num_slices)
+    options = {name: f if isinstance(f, bool) else str(f) for name, f in flags.items()}
     began = time.monotonic()
     prediction = None
     try:
-        compiled = lower(config, mesh).compile()
+        compiled = lower(config, mesh).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory(str(error))
         if needed is None:
@@ -94,6 +100,12 @@ def compile_step(config: Config, topology: Topology) -> Report:
         places = predict.places(list(mesh.devices.flat))
         prediction = predict.predict(hlo.parse(compiled.as_text() or ""), topology, places)
     return _report(config, topology, mesh, needed, prediction, time.monotonic() - began)
+
+
+def on_slices(config: Config, topology: Topology) -> Config:
+    """The config with as many slices as the topology has."""
+    mesh = dataclasses.replace(config.mesh, slices=topology.num_slices)
+    return dataclasses.replace(config, mesh=mesh)
 
 
 def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -208,6 +220,9 @@ def _report(
         seq_len=config.data.seq_len,
         accumulation_steps=config.train.accumulation_steps,
         remat=config.model.remat,
+        remat_save=list(config.model.remat_save),
+        remat_offload=list(config.model.remat_offload),
+        gather_weights=config.train.gather_weights,
         compile_seconds=seconds,
         libtpu=topologies.libtpu_version(),
         jax=jax.__version__,
@@ -250,11 +265,12 @@ class Cache:
 
 def key(config: Config, topology: Topology) -> str:
     """Of what is asked: what a step is compiled from, the topology, the compiler."""
-    tree = dataclasses.asdict(config)
+    tree = dataclasses.asdict(on_slices(config, topology))
     asked = {name: tree[name] for name in ("model", "mesh", "optimizer", "loss")}
     data = ("seq_len", "batch_size", "isolate_documents")
     asked["data"] = {name: tree["data"][name] for name in data}
     asked["accumulation_steps"] = config.train.accumulation_steps
+    asked["gather_weights"] = config.train.gather_weights
     asked["topology"] = topology.key
     asked["libtpu"] = topologies.libtpu_version()
     text = json.dumps(asked, sort_keys=True)

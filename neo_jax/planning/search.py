@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from neo_jax import config as config_lib
@@ -66,6 +67,10 @@ class _Remat:
 REMAT = {
     "none": _Remat(kept=2 * 11 + 8 * 3, again=0.0),
     "full": _Remat(kept=1, again=1.0),  # one array for each period of two layers
+    # Query, key, value, context and its output, up; the products are not done again.
+    "minimal": _Remat(kept=2 * 6 + 8, again=0.1),
+    # Query, key, value and context.
+    "custom": _Remat(kept=2 * 4 + 1, again=0.6),
 }
 
 
@@ -99,10 +104,16 @@ def smallest_that_fits(config: Config, topology: Topology) -> str | None:
 
 def flags_of(report: Report) -> list[str]:
     """Settings of a report, as `section.key=value`."""
-    mesh = [f"mesh.{axis}={report.mesh[axis]}" for axis in sharding.MESH_AXES]
+    slices = parse_key(report.topology)
+    sizes = {**report.mesh, "data": report.mesh["data"] // slices}
+    mesh = [f"mesh.{axis}={sizes[axis]}" for axis in sharding.MESH_AXES]
     return [
         *mesh,
+        f"mesh.slices={slices}",
         f"model.remat={report.remat}",
+        *_saved("save", report.remat_save),
+        *_saved("offload", report.remat_offload),
+        f"train.gather_weights={report.gather_weights}",
         f"data.batch_size={report.batch_size}",
         f"train.accumulation_steps={report.accumulation_steps}",
     ]
@@ -117,26 +128,43 @@ def _flags(config: Config) -> list[str]:
     return [
         *mesh,
         f"model.remat={config.model.remat}",
+        *_saved("save", config.model.remat_save),
         f"train.accumulation_steps={config.train.accumulation_steps}",
     ]
 
 
+def _saved(how: str, names: Sequence[str]) -> list[str]:
+    quoted = ",".join(f"'{name}'" for name in names)
+    return [f'"model.remat_{how}=[{quoted}]"'] if names else []
+
+
+def parse_key(key: str) -> int:
+    """Slices of a topology's key."""
+    found = re.match(r"(\d+)x(?=[a-z])", key)
+    return int(found[1]) if found else 1
+
+
 def _settings(config: Config, topology: Topology) -> Iterator[Config]:
     """Meshes that the tensors and the batch divide over, with every remat and accumulation."""
-    devices, model = topology.devices, config.model
+    devices, model = topology.devices // topology.num_slices, config.model
     for tensor, data in itertools.product((1, 2, 4, 8), _powers(devices)):
         fsdp, rest = divmod(devices, tensor * data)
         if rest or model.num_heads % tensor or model.mlp_dim % tensor:
             continue
-        # Slices are joined by data parallelism: weights are not fetched through the network.
-        if data % topology.num_slices or model.embed_dim % fsdp:
+        if model.embed_dim % fsdp:
             continue
-        rows, rest = divmod(config.data.batch_size, data * fsdp)
+        # Slices are joined by data parallelism: weights are not fetched through the network.
+        parts = data * fsdp * topology.num_slices
+        rows, rest = divmod(config.data.batch_size, parts)
         if rest or not rows:
             continue
-        mesh = config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+        mesh = config_lib.MeshConfig(
+            slices=topology.num_slices, data=data, fsdp=fsdp, tensor=tensor
+        )
         for steps, remat in itertools.product(_powers(rows), REMAT):
-            how: dict[str, Any] = {"remat": remat}
+            how: dict[str, Any] = {"remat": remat, "remat_save": (), "remat_offload": ()}
+            if remat == "custom":
+                how["remat_save"] = ("query", "key", "value", "context")
             yield dataclasses.replace(
                 config,
                 mesh=mesh,
@@ -152,7 +180,8 @@ def _powers(limit: int) -> list[int]:
 
 def _estimate(config: Config, topology: Topology, weights: int) -> Candidate:
     model, mesh, chip = config.model, config.mesh, topology.generation
-    shards, rows = mesh.fsdp * mesh.tensor, config.data.batch_size // (mesh.data * mesh.fsdp)
+    shards = mesh.fsdp * mesh.tensor
+    rows = config.data.batch_size // (mesh.data * mesh.fsdp * mesh.slices)
     slices = config.train.accumulation_steps
     tokens = rows // slices * config.data.seq_len  # of a device, in one slice
     table = model.padded_vocab_size * model.embed_dim
@@ -178,7 +207,7 @@ def _estimate(config: Config, topology: Topology, weights: int) -> Candidate:
     passed = (2 * 2 + 4) * weights / mesh.tensor * slices * (mesh.fsdp > 1)
     # Four reductions of activations a layer, there and back.
     passed += 8 * 2 * tokens * model.embed_dim * model.num_layers * slices * (mesh.tensor > 1)
-    passed += 2 * 4 * weights / shards * (mesh.data > topology.num_slices)
+    passed += 2 * 4 * weights / shards * (mesh.data > 1)
     seconds = max(busy, passed / link) + 0.05 * passed / link
     if topology.num_slices > 1:
         network = (chip.dcn_bytes_per_second or 0.0) / chip.devices

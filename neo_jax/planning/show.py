@@ -5,61 +5,23 @@ Enters: configs and reports. Leaves: text.
 
 from __future__ import annotations
 
-import math
-
-import jax
-
-from neo_jax import metrics, optimizer, sharding, state
+from neo_jax import metrics, sharding, state
 from neo_jax.config import Config
 from neo_jax.planning import topologies
-from neo_jax.planning.compiling import GIB, Report
+from neo_jax.planning.compiling import Report, on_slices
 from neo_jax.planning.topologies import Topology
 
 
 def sharding_table(config: Config, topology: Topology) -> str:
-    """Every parameter: its shape, the mesh axes of its dimensions, bytes of one device.
+    """Where every parameter lies: `sharding.describe` on chips that are not here.
 
     Raises:
-      ConfigError: as `state.abstract`.
+      ConfigError: the config does not go with the topology; there is no compiler.
     """
+    config = on_slices(config, topology)
     mesh = sharding.make_mesh(config.mesh, topologies.devices(topology))
-    tx = optimizer.build(config.optimizer, config.train.num_steps)
-    abstract = state.abstract(config.model, mesh, tx)
-    rows = [("parameter", "shape", "split over", "of one device", "MiB")]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params):
-        part = leaf.sharding.shard_shape(leaf.shape)
-        axes = ["+".join(axis) if axis else "·" for axis in _axes(leaf)]
-        rows.append(
-            (
-                jax.tree_util.keystr(path, simple=True, separator="."),
-                "×".join(map(str, leaf.shape)),
-                ", ".join(axes),
-                "×".join(map(str, part)),
-                f"{math.prod(part) * leaf.dtype.itemsize / 2**20:.2f}",
-            )
-        )
-    held = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(abstract)
-    )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [
-        "  ".join(word.ljust(w) for word, w in zip(row, widths, strict=True)) for row in rows
-    ]
-    sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return "\n".join(
-        [
-            f"mesh: {sizes}",
-            *(line.rstrip() for line in lines),
-            f"parameters and both moments, of one device: {held / GIB:.2f} GiB",
-        ]
-    )
-
-
-def _axes(leaf: jax.ShapeDtypeStruct) -> list[tuple[str, ...]]:
-    spec = tuple(leaf.sharding.spec)
-    spec += (None,) * (len(leaf.shape) - len(spec))
-    return [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
+    _, params = state.model_graph(config.model)
+    return sharding.describe(params, mesh)
 
 
 def one_line(report: Report) -> str:
@@ -80,7 +42,7 @@ def report_text(report: Report, config: Config) -> str:
     mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
     lines = [
         f"mesh {mesh or 'of one device'}; {report.batch_size} sequences of {report.seq_len} a "
-        f"step in {report.accumulation_steps} slice(s); remat {report.remat}",
+        f"step in {report.accumulation_steps} slice(s); remat {_remat(report)}",
         f"HBM {report.hbm_gib:.2f} GiB of {report.hbm_limit_gib:.2f} a device "
         f"(libtpu {report.libtpu})",
     ]
@@ -97,6 +59,12 @@ def report_text(report: Report, config: Config) -> str:
             "where the time goes: " + _parts(report),
         ]
     return "\n".join(lines)
+
+
+def _remat(report: Report) -> str:
+    saved = [f"{name} saved" for name in report.remat_save]
+    saved += [f"{name} offloaded" for name in report.remat_offload]
+    return f"{report.remat} ({', '.join(saved)})" if saved else report.remat
 
 
 def _parts(report: Report) -> str:
