@@ -15,7 +15,7 @@ from neo_jax import cli, completion, config
     [
         (["tr"], ["train"]),
         (["do"], ["doctor"]),
-        (["train", "--c"], ["--config"]),
+        (["train", "--conf"], ["--config"]),
         (["train", "--config", "cpu"], ["cpu_smoke"]),
         (["train", "--config", "cpu_smoke", "--w"], ["--workdir"]),
         (["convert", "--ver"], ["--verify"]),
