@@ -223,7 +223,9 @@ def test_a_real_step_is_predicted_within_what_is_possible(planned: dict[str, obj
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_more_hbm_than_before(case: str, planned: dict[str, object]) -> None:
-    stored = FIGURES[case]
+    stored = FIGURES.get(case)
+    if stored is None:
+        pytest.skip(f"no figure is stored yet; here it is {planned['hbm_gib']:.4f} GiB")
     if stored["libtpu"] != planned["libtpu"]:
         pytest.skip(f"the figure is of libtpu {stored['libtpu']}, not {planned['libtpu']}")
     assert planned["hbm_gib"] <= stored["hbm_gib"] * 1.01, (
