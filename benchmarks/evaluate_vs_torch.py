@@ -20,7 +20,7 @@ import numpy as np
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from neo_jax import tokenizer
+from neo_jax import host_memory, tokenizer
 from neo_jax.evaluate import harness
 from neo_jax.evaluate.harness import NeoJaxLM
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="of transformers' model")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
+    host_memory.keep_freed_memory()
     words = tokenizer.load(arguments.checkpoint)
     theirs = HFLM(
         pretrained=transformers.GPTNeoForCausalLM.from_pretrained(arguments.checkpoint),

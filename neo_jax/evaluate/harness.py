@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.metadata
+import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -146,18 +147,22 @@ class NeoJaxLM(TemplateLM):
     def generate_until(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[str]:
-        """Texts that follow contexts, up to a stop sequence."""
-        answers = []
-        for request in requests:
-            context, settings = request.args
-            text = self._written(context, settings)
-            self.cache_hook.add_partial("generate_until", (context, settings), text)
-            answers.append(text)
+        """Texts that follow contexts, up to a stop sequence; those asked alike together."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        answers = [""] * len(requests)
+        for members in groups.values():
+            settings = requests[members[0]].args[1]
+            texts = self._written([requests[i].args[0] for i in members], settings)
+            for index, text in zip(members, texts, strict=True):
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                answers[index] = text
         return answers
 
-    def _written(self, context: str, settings: dict[str, Any]) -> str:
+    def _written(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
         kwargs = normalize_gen_kwargs(settings, self.max_gen_toks)
-        stops = handle_stop_sequences(kwargs["until"], eos=self.words.eos_token)
+        stops = handle_stop_sequences(list(kwargs["until"]), eos=self.words.eos_token)
         new = kwargs["max_gen_toks"]
         room = self.max_length - new
         if room < 1:
@@ -165,10 +170,10 @@ class NeoJaxLM(TemplateLM):
                 f"max_gen_toks={new} leaves no room for a context in the {self.max_length} "
                 f"tokens that the model reads; lower it."
             )
-        prompt = self.words.encode(context) or [self.words.eos_id]
-        if len(prompt) > room:
-            self.asker.truncated += 1
-            logger.warning("a context of %d tokens was cut to its last %d.", len(prompt), room)
+        prompts = [ids or [self.words.eos_id] for ids in self.words.encode_batch(contexts)]
+        if cut := sum(len(prompt) > room for prompt in prompts):
+            self.asker.truncated += cut
+            logger.warning("%d contexts were cut to their last %d tokens.", cut, room)
         options = {
             "max_new_tokens": new,
             "seed": int(kwargs.get("seed", 0)),
@@ -176,7 +181,10 @@ class NeoJaxLM(TemplateLM):
             "top_k": int(kwargs.get("top_k", 0)),
             "stop_strings": [stop for stop in stops if stop],
         }
-        (ids,) = self._calls["write"]([prompt[-room:]], options)
+        written = self._calls["write"]([prompt[-room:] for prompt in prompts], options)
+        return [self._ended(ids, stops) for ids in written]
+
+    def _ended(self, ids: list[int], stops: list[str]) -> str:
         if self.words.eos_id in ids:
             ids = ids[: ids.index(self.words.eos_id)]
         return postprocess_generated_text(self.words.decode(ids), stops, None)
@@ -241,24 +249,23 @@ def run(
       ConfigError: an unknown name, or data that is not to be had.
     """
     manager = manager_for(names, folder)
-    before = model.asker.truncated
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(names),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        use_cache=cache,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
-    assert results is not None  # it is for ranks other than 0, and every process is 0 to it
-    cut = model.asker.truncated - before
-    return [
-        _outcome(name, results, cut, folder)
-        for name in results["results"]
-        if name in results["n-samples"]
-    ]
+    outcomes = []
+    for asked in names:  # one by one, so that each knows what of it was cut
+        before = model.asker.truncated
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[asked],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            use_cache=cache,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+        assert results is not None  # it is for other ranks alone, and we are always 0
+        cut = model.asker.truncated - before
+        outcomes += [_outcome(name, results, cut, folder) for name in results["n-samples"]]
+    return outcomes
 
 
 def _outcome(name: str, results: Any, truncated: int, folder: pathlib.Path | None) -> Outcome:
