@@ -24,8 +24,8 @@ from neo_jax.model import Linear
 
 _INT8_MAX = 127
 # XLA's CPU products do not take int8. For one token the product is written as so many
-# multiply-adds of long vectors, which it turns into loops that convert in registers: 1.1 to
-# 1.6 ms for 28 million weights where a float32 product takes 2.6 and one that converts
+# multiply-adds of long vectors, which it turns into loops that convert in registers: 0.9 to
+# 1.7 ms for 28 million weights where a float32 product takes 2.5 and one that converts
 # first 28 (two cores of an AMD EPYC with AVX-512; docs/lab_log.md).
 _TERMS = 16
 
