@@ -33,11 +33,11 @@ from neo_jax.model import NeoLM
 from neo_jax.sharding import constrain
 from neo_jax.state import Params
 
-# Tokens of a batch on one device. Measured on two CPU cores (docs/lab_log.md); on
-# accelerators as many as keep them busy without much memory.
+# Tokens of a batch on one device: on a CPU few, whose activations stay near its cores; on
+# accelerators as many as keep them busy without much memory. A choice, not a measurement.
 _TOKENS_PER_DEVICE = {"cpu": 1024}
 _TOKENS_PER_ACCELERATOR = 32768
-# Floating-point operations that take as long as compiling one more shape.
+# About how many floating-point operations take as long as compiling one more shape.
 _FLOPS_PER_PROGRAM = {"cpu": 2e11}
 _FLOPS_PER_ACCELERATOR_PROGRAM = 1e15
 
