@@ -36,6 +36,7 @@ UNTIED = dataclasses.replace(
     num_heads=1,
     mlp_dim=20,
     activation="relu",
+    layer_norm_eps=1e-3,
     vocab_size=211,
 )
 
