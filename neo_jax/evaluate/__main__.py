@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from neo_jax import compilation, host_memory, pretrained, sharding, state
+from neo_jax import compilation, distributed, host_memory, pretrained, sharding, state
 from neo_jax.config import ConfigError, MeshConfig
 from neo_jax.evaluate import card, documents, hosts, memorisation, report, tasks
 from neo_jax.evaluate.asking import Asker
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _without_model(arguments)
             return
         host_memory.keep_freed_memory()  # before JAX starts its threads
+        distributed.start()
         compilation.use_cache()
         _evaluate(arguments, argv)
     except ConfigError as error:
