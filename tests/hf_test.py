@@ -18,6 +18,7 @@ from flax import nnx
 
 from neo_jax import hf, sharding, state
 from neo_jax.config import ConfigError, MeshConfig, ModelConfig, preset_model
+from neo_jax.model import ACTIVATIONS
 
 SMALL = ModelConfig(
     num_layers=4,
@@ -148,6 +149,28 @@ def test_older_words_for_the_same_key():
     )
     assert (config.num_layers, config.num_heads, config.max_seq_len) == (2, 4, 99)
     assert config.attention_types == ("local", "global") and config.activation == "silu"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        *((f"gelu_{kind}", "gelu_new") for kind in ("new", "fast", "accurate")),
+        *((f"gelu_{kind}_tanh", "gelu_new") for kind in ("pytorch", "python")),
+        ("gelu", "gelu"),
+        ("gelu_python", "gelu"),
+        ("relu", "relu"),
+        ("silu", "silu"),
+        ("swish", "silu"),
+    ],
+)
+def test_activations_by_every_name(theirs, ours):
+    """Each name means the function of ours that transformers computes under it."""
+    config = hf.config_from_hf({"activation_function": theirs})
+    assert config.activation == ours
+    torch, transformers = torch_and_transformers()
+    x = np.linspace(-6, 6, 201, dtype=np.float32)
+    expected = transformers.activations.ACT2FN[theirs](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(ACTIVATIONS[ours](jnp.asarray(x)), expected, atol=2e-6)
 
 
 def test_dropout_is_passed_over_with_a_note(caplog):

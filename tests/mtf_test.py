@@ -103,6 +103,15 @@ def test_model_equals_the_loaders_mapping(source):
     assert np.abs(logits - theirs).max() < 2e-5 * theirs.std()
 
 
+def test_the_newest_step_is_taken(tmp_path):
+    """By number: 12 comes after 7, whatever the alphabet says."""
+    folder = pathlib.Path(shutil.copytree(TINY, tmp_path / "m"))
+    for file in folder.glob("model.ckpt-7.*"):
+        shutil.copy(file, folder / file.name.replace("-7.", "-12."))
+    assert mtf.checkpoint_prefix(folder).name == "model.ckpt-12"
+    assert mtf.checkpoint_prefix(folder / "model.ckpt-7").name == "model.ckpt-7"
+
+
 def test_logits_equal_transformers():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
