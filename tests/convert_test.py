@@ -72,6 +72,8 @@ def test_dtype_is_told_and_measured(source, tmp_path, capsys):
     arguments = ["--source", source, "--output", output, "--dtype", "bfloat16", "--verify"]
     assert run(*arguments) == 0
     assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (output / name).read_bytes() == (source / name).read_bytes()
     line = capsys.readouterr().out.splitlines()[-1]
     divergence = float(line.split("mean KL ")[1].split()[0])
     assert 0 < divergence < 1e-2
