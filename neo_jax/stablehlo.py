@@ -62,9 +62,10 @@ def export_decode_step(config: ModelConfig, platforms: tuple[str, ...] = PLATFOR
 
     Returns:
       What `jax.export.deserialize` takes; its `.call(params, keys, values, ids, positions)`
-      has our tree of parameters; the keys and the values of earlier tokens, a tuple with an
-      array [batch, heads, slots, head_dim] a layer, zeros before the first token, with
-      max_seq_len slots in a global layer and window_size (if that is less) in a local one;
+      has our tree of parameters; the keys and the values of earlier tokens, tuples with an
+      array a layer, keys [batch, heads, head_dim, slots] and values [batch, heads, slots,
+      head_dim], zeros before the first token, with max_seq_len slots in a global layer and
+      window_size (if that is less) in a local one;
       int32 ids [batch]; and the int32 places of those ids in their texts [batch]. It gives
       float32 logits [batch, vocab], keys and values.
     """
@@ -90,12 +91,20 @@ def export_decode_step(config: ModelConfig, platforms: tuple[str, ...] = PLATFOR
         return logits, tuple(c.key for c in after), tuple(c.value for c in after)
 
     (batch,) = export.symbolic_shape("batch")
-    remembered = tuple(
-        jax.ShapeDtypeStruct((batch, *c.key.shape[1:]), c.key.dtype) for c in caches
-    )
+
+    def remembered(part: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        arrays = [getattr(layer, part) for layer in caches]
+        return tuple(jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arrays)
+
     each = jax.ShapeDtypeStruct((batch,), jnp.int32)
     exported = export.export(jax.jit(decode_step), platforms=platforms)
-    arguments = (hf.abstract_params(config), remembered, remembered, each, each)
+    arguments = (
+        hf.abstract_params(config),
+        remembered("key"),
+        remembered("value"),
+        each,
+        each,
+    )
     return bytes(exported(*arguments).serialize())
 
 

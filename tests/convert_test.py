@@ -132,8 +132,9 @@ def test_stablehlo_runs_without_this_code(source, tmp_path):
         "    np.save(f'{folder}/{batch}.npy', forward.call(params, ids))\n"
         "decode = export.deserialize(open(folder + '/decode.stablehlo', 'rb').read())\n"
         "ids = np.arange(0, 48 * 1000, 1000, dtype=np.int32).reshape(2, 24)\n"
-        "keys = values = tuple(\n"  # layers global, local: 32 positions, a window of 8
-        "    np.zeros((2, 4, slots, 8), np.float32) for slots in (32, 8))\n"
+        # Layers global, local: 32 positions, a window of 8.
+        "keys = tuple(np.zeros((2, 4, 8, slots), np.float32) for slots in (32, 8))\n"
+        "values = tuple(np.zeros((2, 4, slots, 8), np.float32) for slots in (32, 8))\n"
         "logits = []\n"
         "for t in range(24):\n"
         "    place = np.full(2, t, np.int32)\n"

@@ -58,9 +58,9 @@ def test_the_header_tells_a_command_and_every_command_in_it_parses(name: str) ->
             prepare._parser().parse_args(arguments)
             continue
         assert module == "main"
-        experiment, workdir, overrides = main._parse(arguments)
-        assert experiment == name and name in str(workdir)
-        config = config_lib.load_experiment(experiment, overrides)
+        known, overrides = main._parse(arguments)
+        assert known.config == name and name in str(known.workdir)
+        config = config_lib.load_experiment(known.config, overrides)
         assert (config == config_lib.load_experiment(name)) == (not overrides)
         ours += 1
     assert ours > 0, f"experiments/{name}.py names no command that runs it."
@@ -69,7 +69,7 @@ def test_the_header_tells_a_command_and_every_command_in_it_parses(name: str) ->
 def test_the_test_of_headers_sees_a_wrong_override() -> None:
     text = "Command: python -m neo_jax.main --config x \\\n  --workdir y --config.train.a=3"
     ((_, *arguments),) = commands(text)
-    _, _, overrides = main._parse(arguments)
+    _, overrides = main._parse(arguments)
     with pytest.raises(ConfigError, match=r"train\.a"):
         config_lib.load_experiment("base", overrides)
 
