@@ -428,6 +428,7 @@ def test_run_ends_as_the_run_ended(fate, code, words, cloud):
         (["ended 75", "ended 75"], "75"),
         (["ended 75", "ended 69"], "75"),
         (["lost -", "ended 69"], "75"),
+        (["ended 75", "ended 134"], "75"),
         (["ended 137", "ended 69"], "1"),
         (["ended 1", "ended 75"], "1"),
         (["ended 1", "ended 2"], "2"),

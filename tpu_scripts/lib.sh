@@ -214,8 +214,8 @@ verdict() {
       else if (count["running"] || count["absent"]) print "partly"
       else if (codes[2]) print 2
       else if (codes[0] == seen) print 0
-      # 69: only lost its company.
-      else if (codes[0] + codes[75] + codes[69] + count["lost"] == seen) print 75
+      # 69: only lost its company; 134: JAX aborted it for that before it could say so.
+      else if (codes[0] + codes[75] + codes[69] + codes[134] + count["lost"] == seen) print 75
       else print 1
     }'
 }
