@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ class LanguageModel:
     params: Params
     tokenizer: Tokenizer | None
     graph: nnx.GraphDef[NeoLM]
-    _logits: Callable[[Params, jax.Array], jax.Array]
+    mesh: Mesh | None  # over which the parameters are spread; None: they lie on one device
     _generators: dict[str, Generator] = dataclasses.field(default_factory=dict)
 
     def logits(self, ids: np.typing.ArrayLike) -> Float[Array, "batch seq vocab"]:
@@ -92,7 +93,7 @@ class LanguageModel:
                 f"ids reach from {ids.min()} to {ids.max()}; the vocabulary has "
                 f"0 … {self.config.vocab_size - 1}."
             )
-        return self._logits(self.params, jax.numpy.asarray(ids, jax.numpy.int32))
+        return self._run(self._all_logits, ids.astype(np.int32))
 
     def generate(
         self,
@@ -158,7 +159,9 @@ class LanguageModel:
         ids = self.token_ids(texts, None)
         before = [self._end_of_text()] if from_start else []
         read = [before + one for one in ids]
-        log_probs = self._in_batches(read, lambda rows, _: self._token_log_probs(rows))
+        log_probs = self._in_batches(
+            read, lambda rows, _: self._run(self._token_log_probs, rows)
+        )
         first: list[float | None] = [] if from_start else [None]
         return [
             Scored(one, (first + row[: len(all_) - 1].tolist())[: len(one)])
@@ -182,10 +185,8 @@ class LanguageModel:
         ids = self.token_ids(texts, None)
         if not all(ids):
             raise ConfigError(f"text {ids.index([])} is empty; there is nothing to embed.")
-        run = jax.jit(functools.partial(scoring.pooled, self.graph), static_argnums=3)
-        vectors = self._in_batches(
-            ids, lambda rows, length: run(self.params, rows, length, pooling)
-        )
+        pooled = jax.jit(functools.partial(scoring.pooled, self.graph, pooling=pooling))
+        vectors = self._in_batches(ids, lambda rows, length: self._run(pooled, rows, length))
         return np.stack(vectors)
 
     def token_ids(
@@ -228,9 +229,28 @@ class LanguageModel:
         return end
 
     @functools.cached_property
-    def _token_log_probs(self) -> Callable[[np.ndarray], jax.Array]:
-        run = jax.jit(functools.partial(scoring.token_log_probs, self.graph))
-        return lambda rows: run(self.params, rows)
+    def _all_logits(self) -> Callable[..., jax.Array]:
+        return jax.jit(lambda params, ids: nnx.merge(self.graph, params).logits(ids))
+
+    @functools.cached_property
+    def _token_log_probs(self) -> Callable[..., jax.Array]:
+        return jax.jit(functools.partial(scoring.token_log_probs, self.graph))
+
+    def _run(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> jax.Array:
+        """A function of parameters and of arrays with as many rows, on the model's mesh.
+
+        The last row is repeated until the mesh's devices can share the rows evenly.
+        """
+        if self.mesh is None:
+            return function(self.params, *arrays)
+        count = len(arrays[0])
+        extra = -count % math.prod(
+            self.mesh.shape[axis] for axis in sharding.TABLE["batch"] or ()
+        )
+        with jax.set_mesh(self.mesh):
+            return function(
+                self.params, *(np.concatenate([a, a[-1:].repeat(extra, 0)]) for a in arrays)
+            )[:count]
 
     def _in_batches(
         self,
@@ -290,8 +310,7 @@ def load(
             f"read it with neo_jax.hf.read."
         )
     graph, _ = state.model_graph(model.config)
-    run = jax.jit(lambda params, ids: nnx.merge(graph, params).logits(ids))
-    return LanguageModel(model.config, model.params, find_tokenizer(folder), graph, run)
+    return LanguageModel(model.config, model.params, find_tokenizer(folder), graph, mesh)
 
 
 def locate(source: str | os.PathLike[str]) -> pathlib.Path:

@@ -70,10 +70,16 @@ def test_every_kind_lands_sharded(workdir, written, kind, mesh):
     assert jax.tree.map(lambda leaf: leaf.sharding, model.params) == jax.tree.map(
         lambda leaf: leaf.sharding, wanted
     )
-    with jax.set_mesh(mesh):
-        spread = model.logits([[1, 2, 3]] * 4)
-    whole = neo_jax.load(source).logits([[1, 2, 3]] * 4)
-    np.testing.assert_allclose(spread, whole, atol=1e-5)
+
+
+def test_a_mesh_answers_as_one_device(written, mesh):
+    # Three rows, which the mesh's four groups of devices cannot share evenly.
+    ids, whole = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], neo_jax.load(written)
+    spread = neo_jax.load(written, mesh=mesh)
+    np.testing.assert_allclose(spread.logits(ids), whole.logits(ids), atol=1e-5)
+    np.testing.assert_allclose(spread.embed(ids), whole.embed(ids), atol=1e-5)
+    for ours, theirs in zip(spread.score(ids), whole.score(ids), strict=True):
+        np.testing.assert_allclose(ours.log_probs[1:], theirs.log_probs[1:], atol=1e-5)
 
 
 def test_dtype_of_every_kind(workdir, written):
