@@ -3,8 +3,8 @@
 XLA asks for one block of memory for the temporaries of a step, gigabytes of it, and frees it
 at the step's end. The C library returns a block of that size to the kernel at once, and the
 next step pays for every page of it again: zeroed by the kernel and, in a virtual machine,
-fetched back from the host. At 125M and 2 x 1024 tokens that is 1.5 million page faults and
-between a tenth and a third of the step's time (docs/lab_log.md, 2026-11-24).
+fetched back from the host. What the first fetching costs shows in docs/lab_log.md
+(2026-11-25, the training step beside torch's).
 """
 
 from __future__ import annotations
