@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from neo_jax import main, pretrain
+from neo_jax.checkpoint import Checkpointer
 from neo_jax.checkpoint.folder import Folder
 from neo_jax.data.pipeline import Pipeline
 from tests.checkpoint_faults_test import disk as disk
@@ -328,16 +329,17 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(
 ) -> None:
     """And with room again the same command goes on to the same losses."""
     workdir, filler = disk / "run", disk / "filler"
-    advance = pretrain.Writer.advance
+    save = Checkpointer.save
 
-    def fill(writer: pretrain.Writer, step: int) -> None:
-        advance(writer, step)
-        if step == 5:
+    def fill(saved: Checkpointer, step: int, *args: Any, **kwargs: Any) -> None:
+        if step == 8:
+            saved.wait()  # the checkpoint before is to be whole
             free = os.statvfs(disk)
             filler.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 16384)))
+        save(saved, step, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Writer, "advance", fill)
+        patch.setattr(Checkpointer, "save", fill)
         assert run(experiment, workdir, "--config.train.tensorboard=False") == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("neo_jax: ") and "No space left on device" in told
