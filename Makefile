@@ -80,7 +80,7 @@ $(VENV)/.docs: $(VENV)/.test
 # torch first and alone: what depends on it then finds it, and pip never looks for another.
 $(VENV)/.oracle: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python $(PIP_INSTALL) --editable '.[oracle]'
+	$(BIN)/python $(PIP_INSTALL) --editable '.[oracle,gcs]'
 	@touch $@
 
 # The TPU compiler: what `neo-jax plan` and its tests ask.
