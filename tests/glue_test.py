@@ -210,6 +210,14 @@ def test_every_label_has_an_answer_and_every_question_its_fields(name: str) -> N
     assert all(metric in metrics.METRICS for metric in task.metrics)
 
 
+def test_three_way_labels_stand_in_their_official_order() -> None:
+    """A head's outputs are numbered by it, and the two suites do not agree."""
+    assert TASKS["cb"].labels == ("entailment", "contradiction", "neutral")
+    for name in ("mnli_matched", "mnli_mismatched", "ax"):
+        assert TASKS[name].labels == ("entailment", "neutral", "contradiction")
+    assert TASKS["wnli"].labels == TASKS["rte"].labels[::-1]
+
+
 # ------------------------------------------------------------------------------- mistakes
 
 
