@@ -1,4 +1,4 @@
-"""GPT-Neo in JAX and Flax; begin reading at main.py and config.py."""
+"""GPT-Neo in JAX and Flax; begin reading at main.py and config/."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ examples:
         --coordinator localhost:9876 --num_processes 2 --process_id 0   # and 1
 
 experiments by name: {names}
-settings and their defaults: neo_jax/config.py
+settings and their defaults: neo_jax/config/
 """
 
 # What a disk may answer while a run writes to it.

@@ -74,7 +74,7 @@ def init_stddevs(config: ModelConfig) -> dict[str, float]:
 
 
 def remat_policy(config: ModelConfig) -> Callable[..., Any]:
-    """Which tensors of a period the backward pass finds saved; see config.py for the names."""
+    """Which tensors of a period the backward pass finds saved; config/model.py names them."""
     policies = jax.checkpoint_policies
     if config.remat == "full":
         return policies.nothing_saveable

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import graphlib
 import importlib
+import itertools
 import json
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from neo_jax import config as config_lib
 
-PACKAGE = pathlib.Path(config_lib.__file__).parent
+PACKAGE = pathlib.Path(config_lib.__file__).parents[1]
 
 # The way through the house. A file imports only from rooms before its own.
 WAY = (
@@ -251,7 +252,7 @@ def reads_of(file: str) -> frozenset[tuple[str, str]]:
 
 
 def all_reads() -> set[tuple[str, str]]:
-    files = [p for p in source_files() if p.name != "config.py"]
+    files = [p for p in source_files() if room_of(p) != "config"]
     reads = {pair for path in files for pair in reads_of(str(path.relative_to(PACKAGE)))}
     # A property of a section that somebody reads passes on what it reads itself.
     for section, attribute in sorted(reads):
@@ -262,7 +263,9 @@ def all_reads() -> set[tuple[str, str]]:
 
 
 def property_reads(section: str, name: str) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(parse(PACKAGE / "config.py")):
+    for node in itertools.chain.from_iterable(
+        ast.walk(parse(path)) for path in source_files() if room_of(path) == "config"
+    ):
         if isinstance(node, ast.ClassDef) and node.name == section:
             (body,) = (
                 f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == name
@@ -273,7 +276,7 @@ def property_reads(section: str, name: str) -> Iterator[tuple[str, str]]:
 
 
 def test_every_setting_has_a_reader() -> None:
-    """Every field of every section is read outside config.py, where defaults and checks are.
+    """Every field of every section is read outside config/, where defaults and checks are.
 
     The reading is found in the source (see `Reads`), so a setting that is only checked,
     printed in an error, or saved with the rest of the config is idle.

@@ -487,7 +487,7 @@ def test_a_file_without_get_config_and_no_file_at_all(write, tmp_path: pathlib.P
     assert "defines no get_config()" in refusal(experiment=write("config = {}\n"))
     line = refusal(experiment=str(tmp_path / "cpu_smoek.py"))
     assert "there is no such file or experiment, did you mean 'cpu_smoke'?" in line
-    assert "there are cpu_smoke, neo_125m," in refusal(experiment="zzz")
+    assert "there are cpu_hour, cpu_smoke," in refusal(experiment="zzz")
     assert "no such file" in refusal(experiment=str(tmp_path))
 
 

@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 
-# Shapes and types at public doors are enforced in tests, and only there. config.py is left
+# Shapes and types at public doors are enforced in tests, and only there. config/ is left
 # out: it takes whatever a user wrote, and its own words about a wrong type are under test.
 _PACKAGE = pathlib.Path(__file__).parents[1] / "neo_jax"
 jaxtyping.install_import_hook(

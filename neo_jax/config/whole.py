@@ -1,0 +1,52 @@
+"""A whole experiment: all sections, and the checks that need two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from neo_jax.config.data import DataConfig
+from neo_jax.config.errors import ConfigError
+from neo_jax.config.model import ModelConfig
+from neo_jax.config.training import (
+    CheckpointConfig,
+    EvalConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    task: Literal["pretrain"] = "pretrain"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        """Checks that need two sections."""
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} exceeds "
+                f"model.max_seq_len={self.model.max_seq_len} positions; "
+                f"lower data.seq_len to {self.model.max_seq_len} or raise model.max_seq_len."
+            )
+        if self.data.batch_size % self.train.accumulation_steps:
+            raise ConfigError(
+                f"train.accumulation_steps={self.train.accumulation_steps} does not divide "
+                f"data.batch_size={self.data.batch_size}."
+            )
+        if self.eval.stride is not None and self.eval.stride > self.data.seq_len:
+            raise ConfigError(
+                f"eval.stride={self.eval.stride} exceeds data.seq_len={self.data.seq_len}; "
+                f"tokens between two windows would never be scored."
+            )
