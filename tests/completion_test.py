@@ -16,7 +16,7 @@ from neo_jax import cli, completion, config
         (["tr"], ["train"]),
         (["do"], ["doctor"]),
         (["train", "--conf"], ["--config"]),
-        (["train", "--config", "cpu"], ["cpu_smoke"]),
+        (["train", "--config", "cpu_s"], ["cpu_smoke"]),
         (["train", "--config", "cpu_smoke", "--w"], ["--workdir"]),
         (["convert", "--ver"], ["--verify"]),
         (["completion", ""], ["bash", "zsh", "fish"]),
@@ -50,7 +50,7 @@ def test_bash_completes(tmp_path: pathlib.Path) -> None:
     )
     command.chmod(0o755)
     script = (
-        'eval "$(neo-jax completion bash)"; COMP_WORDS=(neo-jax train --config cp); '
+        'eval "$(neo-jax completion bash)"; COMP_WORDS=(neo-jax train --config cpu_s); '
         'COMP_CWORD=3; _neo_jax; echo "${COMPREPLY[@]}"'
     )
     done = subprocess.run(
