@@ -18,15 +18,29 @@ from jaxtyping import Array
 from neo_jax import train
 from neo_jax.config import Config
 from neo_jax.state import Params
-from neo_jax.train import Batch, Graph
+from neo_jax.train import Batch, Graph, LossFunction, next_token_loss
 
 
-def first_not_finite(params: Params, graph: Graph, config: Config, batch: Batch) -> str:
-    """What was the first to hold a NaN or an infinity, and how many of them."""
+def first_not_finite(
+    params: Params,
+    graph: Graph,
+    config: Config,
+    batch: Batch,
+    loss: LossFunction = next_token_loss,
+) -> str:
+    """What was the first to hold a NaN or an infinity, and how many of them.
+
+    Args:
+      params: all of the model's.
+      graph: its structure.
+      config: the whole experiment.
+      batch: that led to it.
+      loss: what the task learns.
+    """
     looks = (
         lambda params, _: _of_tree("parameter", params),
-        lambda params, batch: _of_forward_pass(params, graph, config, batch),
-        lambda params, batch: _of_gradients(params, graph, config, batch),
+        lambda params, batch: _of_forward_pass(params, graph, config, batch, loss),
+        lambda params, batch: _of_gradients(params, graph, config, batch, loss),
     )
     for look in looks:
         counts = jax.device_get(
@@ -58,10 +72,13 @@ def _of_tree(kind: str, tree: Any) -> _Counts:
             number += 1
 
 
-def _of_forward_pass(params: Params, graph: Graph, config: Config, batch: Batch) -> _Counts:
+def _of_forward_pass(
+    params: Params, graph: Graph, config: Config, batch: Batch, loss: LossFunction
+) -> _Counts:
     model = nnx.merge(graph, params)
     named: list[tuple[str, Array]] = []
-    x = model.embedder(batch["inputs"], batch.get("positions"))
+    inputs = batch["inputs"]
+    x = model.embedder(inputs.reshape(-1, inputs.shape[-1]), batch.get("positions"))
     named.append(("the embedding's output", x))
     layers, weights = nnx.split(model.blocks)
     for i, kind in enumerate(config.model.layer_types):
@@ -73,13 +90,15 @@ def _of_forward_pass(params: Params, graph: Graph, config: Config, batch: Batch)
         named.append((f"the output of layer {i}'s mlp", changed))
         x = x + changed
     named.append(("the last hidden state", model.ln_f(x)))
-    named.append(("the loss", train.batch_loss(params, graph, config, batch).loss))
+    named.append(("the loss", train.batch_loss(params, graph, config, batch, loss).loss))
     for number, (name, values) in enumerate(named):
         yield (number, name), _count(values)
 
 
-def _of_gradients(params: Params, graph: Graph, config: Config, batch: Batch) -> _Counts:
-    grads, _ = train.gradients(params, graph, config, batch)
+def _of_gradients(
+    params: Params, graph: Graph, config: Config, batch: Batch, loss: LossFunction
+) -> _Counts:
+    grads, _ = train.gradients(params, graph, config, batch, loss)
     counts = list(_of_tree("the gradient of", grads))
     # Backwards: what is nearest to the loss comes first.
     layers = config.model.num_layers

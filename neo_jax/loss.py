@@ -16,7 +16,7 @@ Shapes: B batch, T position, D embed, V vocab (padded), K blocks, C positions of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +31,12 @@ class LossSums(NamedTuple):
     """Sums over tokens, each times its weight; float32 scalars.
 
     `loss` is what is minimised: cross-entropy plus z-loss. `nll` is the cross-entropy alone,
-    in nats, and has no gradient.
+    in nats, and has no gradient. `extras` are other figures of a task, by name, to be logged.
     """
 
     loss: Float[Array, ""]
     nll: Float[Array, ""]
+    extras: Mapping[str, Float[Array, ""]] = {}  # never changed in place
 
 
 def cross_entropy(

@@ -19,7 +19,7 @@ from neo_jax import compilation, distributed, host_memory, pretrain
 from neo_jax import config as config_lib
 from neo_jax.checkpoint import CheckpointError
 from neo_jax.config import Config, ConfigError
-from neo_jax.pretrain import DivergedError
+from neo_jax.run import DivergedError
 from neo_jax.watch import EXIT_FAILED, EXIT_PREEMPTED, Preempted
 
 _EXAMPLES = """\

@@ -275,6 +275,19 @@ def constrain_params(tree: Any, params: Any, *, gathered: bool) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, nnx.to_pure_dict(specs))
 
 
+def restricted(params: Any, tree: Any) -> Any:
+    """Those Params that have a counterpart in a tree with a part of their names.
+
+    Args:
+      params: as for `param_shardings`.
+      tree: nested dicts.
+    """
+    return nnx.State({
+        key: restricted(params[key], inner) if isinstance(inner, dict) else params[key]
+        for key, inner in tree.items()
+    })  # fmt: skip
+
+
 def host_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """Which part of every batch this process loads.
 
@@ -352,8 +365,11 @@ def describe(params: Any, mesh: Mesh) -> str:
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Of an int or float array [batch, seq]: batch over data and fsdp, seq over context."""
+    """Of an array [batch, …, seq] or [batch]: batch over data and fsdp, seq over context."""
+    names: tuple[str | None, ...] = ("batch",)
+    if len(shape) > 1:
+        names = ("batch", *(None,) * (len(shape) - 2), "seq")
     try:
-        return named_sharding(mesh, ("batch", "seq"), shape)
+        return named_sharding(mesh, names, shape)
     except ValueError as error:
         raise ConfigError(f"data.batch_size or data.seq_len: {error}") from None

@@ -14,15 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from neo_jax import optimizer, sharding
-from neo_jax.config import ModelConfig
+from neo_jax import optimizer, sharding, trainable
+from neo_jax.config import FinetuneConfig, ModelConfig
 from neo_jax.model import NeoLM
 from neo_jax.optimizer import Spikes
 
 Params = dict[str, Any]  # nested by module, arrays at the leaves
+EVERYTHING = FinetuneConfig()  # all parameters are learned, as in pre-training
 
 
 @functools.partial(
@@ -34,6 +35,7 @@ Params = dict[str, Any]  # nested by module, arrays at the leaves
 class TrainState:
     """Everything that a step changes.
 
+    `params` are those that are learned: all, unless a run says otherwise (trainable.py).
     `step` counts finished steps, an int32 scalar; `step - spikes.skipped` of them updated
     the parameters. `opt_state` mirrors `params`. There is no generator of random numbers to
     keep: what needs chance folds `step` into the run's seed.
@@ -56,57 +58,121 @@ def model_graph(config: ModelConfig) -> tuple[nnx.GraphDef[NeoLM], nnx.State]:
     return jax.eval_shape(lambda: nnx.split(NeoLM(config, nnx.Rngs(params=0))))
 
 
-def abstract(config: ModelConfig, mesh: Mesh, tx: optax.GradientTransformation) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s, each with its sharding.
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """All of a model's parameters as `jax.ShapeDtypeStruct`s, each with its sharding.
 
     Raises:
       ConfigError: a parameter does not divide over the mesh; names it and the fix.
     """
-    shapes = jax.eval_shape(functools.partial(_initial, config, tx), 0)
+    shapes = jax.eval_shape(functools.partial(_initial_params, config), 0)
     _, params = model_graph(config)
     placed = nnx.to_pure_dict(sharding.param_shardings(params, mesh))
+    return jax.tree.map(_put, shapes, placed)
+
+
+def abstract(
+    config: ModelConfig,
+    mesh: Mesh,
+    tx: optax.GradientTransformation,
+    finetune: FinetuneConfig = EVERYTHING,
+) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s, each with its sharding.
+
+    Args:
+      config: the model.
+      mesh: where it lies.
+      tx: the optimiser.
+      finetune: which of the parameters are learned; the state has no others.
+
+    Raises:
+      ConfigError: a parameter does not divide over the mesh; names it and the fix.
+    """
+    params, _ = trainable.divide(abstract_params(config, mesh), finetune)
+    shapes = jax.eval_shape(functools.partial(_initial_state, tx), params)
     everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def put(shape: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-
     return TrainState(
-        step=put(shapes.step, everywhere),
-        params=jax.tree.map(put, shapes.params, placed),
+        step=_put(shapes.step, everywhere),
+        params=params,
         # Moments mirror the parameters and lie beside them; counts are copied.
         opt_state=optax.tree_utils.tree_map_params(
             tx,
-            put,
+            lambda shape, param: _put(shape, param.sharding),
             shapes.opt_state,
-            placed,
-            transform_non_params=lambda shape: put(shape, everywhere),
+            params,
+            transform_non_params=lambda shape: _put(shape, everywhere),
         ),
-        spikes=jax.tree.map(lambda shape: put(shape, everywhere), shapes.spikes),
+        spikes=jax.tree.map(lambda shape: _put(shape, everywhere), shapes.spikes),
     )
 
 
 def create(
     config: ModelConfig, mesh: Mesh, tx: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """A fresh state; every device draws only its own part of it.
+    """A fresh state of all parameters; every device draws only its own part of it.
 
     Raises:
       ConfigError: as `abstract`.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(config, mesh, tx))
-    init = jax.jit(functools.partial(_initial, config, tx), out_shardings=shardings)
+    init = jax.jit(
+        lambda seed: _initial_state(tx, _initial_params(config, seed)),
+        out_shardings=_shardings(abstract(config, mesh, tx)),
+    )
     return init(seed)
 
 
-def _initial(config: ModelConfig, tx: optax.GradientTransformation, seed: Any) -> TrainState:
+def create_params(config: ModelConfig, seed: int, like: Params) -> Params:
+    """Fresh values of some of a model's parameters.
+
+    Args:
+      config: the model.
+      seed: the same values as `create` draws from it.
+      like: those that are wanted, as `abstract_params` has them; others take no memory.
+    """
+    wanted = traverse_util.flatten_dict(like)
+
+    def init(seed: Any) -> Params:
+        flat = traverse_util.flatten_dict(_initial_params(config, seed))
+        return traverse_util.unflatten_dict({path: flat[path] for path in wanted})
+
+    return jax.jit(init, out_shardings=_shardings(like))(seed)
+
+
+def begin(params: Params, like: TrainState, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, of parameters that come from somewhere.
+
+    Args:
+      params: the learned ones; donated.
+      like: what `abstract` gives.
+      tx: the optimiser.
+    """
+    init = jax.jit(
+        functools.partial(_initial_state, tx),
+        out_shardings=_shardings(like),
+        donate_argnums=0,
+    )
+    return init(params)
+
+
+def _initial_params(config: ModelConfig, seed: Any) -> Params:
     model = NeoLM(config, nnx.Rngs(params=jax.random.key(seed)))
-    params = nnx.to_pure_dict(nnx.state(model))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def _initial_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
         spikes=optimizer.no_spikes(),
     )
+
+
+def _put(shape: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def num_params(config: ModelConfig) -> int:

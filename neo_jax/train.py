@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Num
 
 from neo_jax import loss as loss_lib
-from neo_jax import optimizer, sharding, xla_flags
+from neo_jax import optimizer, sharding, trainable, xla_flags
 from neo_jax.checkpoint import Checkpointer
 from neo_jax.config import Config
 from neo_jax.data.pipeline import Pipeline
@@ -32,16 +32,24 @@ from neo_jax.watch import HangWatch, Preempted, Preemption
 
 Graph = nnx.GraphDef[NeoLM]
 # inputs, targets int32 [batch, seq]; weights float32 [batch, seq]; where documents are
-# isolated also segment_ids and positions, int32 [batch, seq].
+# isolated also segment_ids and positions, int32 [batch, seq]. Tasks with examples instead of
+# text have arrays of their own, whose first dimension is the batch, too.
 Batch = Mapping[str, Array]
 Metrics = dict[str, Num[Array, ""]]
 
 
-def batch_loss(
-    params: Params, graph: Graph, config: Config, batch: Batch
-) -> loss_lib.LossSums:
-    """Sums of the losses of one batch; nothing is averaged here."""
-    model = nnx.merge(graph, params)
+@runtime_checkable
+class LossFunction(Protocol):
+    """What a task learns: sums of the losses of a batch, each row times its weight.
+
+    Nothing is averaged in it; `weights` of the batch, summed, is what others divide by.
+    """
+
+    def __call__(self, model: NeoLM, config: Config, batch: Batch) -> loss_lib.LossSums: ...
+
+
+def next_token_loss(model: NeoLM, config: Config, batch: Batch) -> loss_lib.LossSums:
+    """Of a language model: cross-entropy of each token given those before it."""
     hidden = model.hidden(
         batch["inputs"],
         positions=batch.get("positions"),
@@ -58,6 +66,17 @@ def batch_loss(
     )
 
 
+def batch_loss(
+    params: Params,
+    graph: Graph,
+    config: Config,
+    batch: Batch,
+    loss: LossFunction = next_token_loss,
+) -> loss_lib.LossSums:
+    """The loss of a model that is given as its parameters and its structure."""
+    return loss(nnx.merge(graph, params), config, batch)
+
+
 def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
     """Parameters as the layers take them: kernels in the type of the computation.
 
@@ -66,9 +85,10 @@ def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
     where it is used, so that the head's gradient is a float32 sum over many tokens.
 
     Args:
-      params: as the optimiser keeps them.
-      born: the same as Params that know the names of their dimensions.
+      params: as the optimiser keeps them; all of a model's, or a part.
+      born: all of the model's as Params that know the names of their dimensions.
     """
+    born = sharding.restricted(born, params)
     dtype = compute_dtype(config.model)
 
     def cast(path: Any, x: Array) -> Array:
@@ -77,7 +97,7 @@ def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
 
     cast_params = jax.tree_util.tree_map_with_path(cast, params)
     where_they_lie = sharding.constrain_params(cast_params, born, gathered=False)
-    if config.train.gather_weights == "layer":
+    if config.train.gather_weights == "layer" or "blocks" not in params:
         return where_they_lie
     return {
         **where_they_lie,
@@ -88,17 +108,28 @@ def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
 
 
 def gradients(
-    params: Params, graph: Graph, config: Config, batch: Batch
+    params: Params,
+    graph: Graph,
+    config: Config,
+    batch: Batch,
+    loss: LossFunction = next_token_loss,
+    frozen: Params | None = None,
 ) -> tuple[Params, loss_lib.LossSums]:
     """Gradients of the mean loss, and the mean losses.
+
+    Args:
+      params: those to learn.
+      frozen: the model's others, which get no gradients.
 
     With `accumulation_steps` the batch passes in slices. Losses, gradients and weights are
     summed over the slices and divided once, so that slices with more padding count for less
     and the result is that of the whole batch.
     """
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
-    born = nnx.state(nnx.merge(graph, params))  # knows the names of every dimension
+    # It knows the names of every dimension.
+    born = nnx.state(nnx.merge(graph, trainable.join(params, frozen or {})))
     weights = compute_params(params, born, config)
+    fixed = compute_params(frozen or {}, born, config)
 
     def add_slice(
         carry: tuple[Params, loss_lib.LossSums], part: Batch
@@ -106,14 +137,15 @@ def gradients(
         return jax.tree.map(jnp.add, carry, slice_gradients(part)), None
 
     def slice_gradients(part: Batch) -> tuple[Params, loss_lib.LossSums]:
-        def loss(weights: Params) -> tuple[Array, loss_lib.LossSums]:
-            sums = batch_loss(weights, graph, config, part)
+        def mean_loss(weights: Params) -> tuple[Array, loss_lib.LossSums]:
+            sums = batch_loss(trainable.join(weights, fixed), graph, config, part, loss)
             # Dividing here keeps bfloat16 gradients in range; it is linear.
             return sums.loss / total_weight, sums
 
-        grads, sums = jax.grad(loss, has_aux=True)(weights)
+        grads, sums = jax.grad(mean_loss, has_aux=True)(weights)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return sharding.constrain_params(grads, born, gathered=False), sums
+        own = sharding.restricted(born, params)
+        return sharding.constrain_params(grads, own, gathered=False), sums
 
     slices = config.train.accumulation_steps
     if slices == 1:
@@ -128,24 +160,36 @@ def gradients(
             jax.eval_shape(slice_gradients, jax.tree.map(lambda x: x[0], parts)),
         )
         (grads, sums), _ = jax.lax.scan(add_slice, zeros, parts)
-    return grads, loss_lib.LossSums(*(total / total_weight for total in sums))
+    return grads, jax.tree.map(lambda total: total / total_weight, sums)
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    frozen: Params | None = None,
     *,
     graph: Graph,
     config: Config,
     tx: optax.GradientTransformationExtraArgs,
+    loss: LossFunction = next_token_loss,
 ) -> tuple[TrainState, Metrics]:
     """One update, or none where the loss or the gradients are a spike.
 
+    Args:
+      state: of the parameters that are learned.
+      batch: rows of all hosts.
+      frozen: the model's other parameters.
+      graph: the model's structure.
+      config: the whole experiment.
+      tx: the optimiser.
+      loss: what the task learns.
+
     Returns:
-      The new state, and scalars: `loss` (mean cross-entropy in nats), `grad_norm` (before
-      clipping), `learning_rate` (of this update), and the counters of `optimizer.Spikes`.
+      The new state, and scalars: `loss` (mean cross-entropy in nats), the task's own,
+      `grad_norm` (before clipping), `learning_rate` (of this update), and the counters of
+      `optimizer.Spikes`.
     """
-    grads, losses = gradients(state.params, graph, config, batch)
+    grads, losses = gradients(state.params, graph, config, batch, loss, frozen)
     grad_norm = optimizer.global_norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
     params = optax.apply_updates(state.params, updates)
@@ -158,6 +202,7 @@ def train_step(
     schedule = optimizer.schedule(config.optimizer, config.train.num_steps)
     metrics = {
         "loss": losses.nll,
+        **losses.extras,
         "grad_norm": grad_norm,
         # The optimiser counts its own updates.
         "learning_rate": schedule(state.step - state.spikes.skipped),
@@ -178,12 +223,12 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_rows: int) -
     index, _ = sharding.host_share(mesh, global_rows)
 
     def place(rows: np.ndarray) -> Array:
-        shape, first = (global_rows, rows.shape[1]), index * len(rows)
+        shape, first = (global_rows, *rows.shape[1:]), index * len(rows)
 
         def part(at: tuple[slice, ...] | None) -> np.ndarray:
             assert at is not None
             start, stop, _ = at[0].indices(global_rows)
-            return rows[start - first : stop - first, at[1]]
+            return rows[(slice(start - first, stop - first), *at[1:])]
 
         return jax.make_array_from_callback(shape, sharding.batch_sharding(mesh, shape), part)
 
@@ -233,12 +278,21 @@ class _InFlight:
         return bool(self.metrics["loss"].is_ready())  # type: ignore[attr-defined]
 
 
+class Verdict(NamedTuple):
+    """What the evaluations so far say: the last was the best; it is time to end."""
+
+    save: bool
+    stop: bool
+
+
 def run(
     state: TrainState,
     *,
+    frozen: Params,
     graph: Graph,
     config: Config,
     tx: optax.GradientTransformationExtraArgs,
+    loss: LossFunction,
     mesh: Mesh,
     data: Pipeline,
     writer: Writer,
@@ -247,15 +301,19 @@ def run(
     preemption: Preemption,
     hang_watch: HangWatch,
     evaluate: Callable[[Params], dict[str, float]],
+    figure: Callable[[Mapping[str, float]], float],
+    verdict: Callable[[], Verdict],
     evaluate_first: bool,
 ) -> TrainState:
-    """Trains from `state.step` to `train.num_steps`.
+    """Trains from `state.step` to `train.num_steps`, or until `verdict` says so.
 
     Args:
       state: donated.
+      frozen: parameters that are not learned.
       graph: structure of the model.
       config: the whole experiment.
       tx: the optimiser that made `state.opt_state`.
+      loss: what the task learns.
       mesh: where everything lies.
       data: batches of this host, at the state's position.
       writer: takes a line every `train.log_every` steps.
@@ -265,6 +323,8 @@ def run(
       hang_watch: is told of every step.
       evaluate: parameters → metrics of the held-out text; called every `eval.every` steps.
         It raises Preempted where it is broken off.
+      figure: the one of those metrics that tells better from worse.
+      verdict: asked at the start and after every evaluation.
       evaluate_first: the state was saved in a hurry, and is due to be evaluated.
 
     Raises:
@@ -274,10 +334,9 @@ def run(
       CheckpointError: the state cannot be saved.
     """
     num_steps = config.train.num_steps
-    tokens_per_step = config.data.batch_size * config.data.seq_len
     first = int(state.step)
     step_fn = jax.jit(
-        functools.partial(train_step, graph=graph, config=config, tx=tx),
+        functools.partial(train_step, graph=graph, config=config, tx=tx, loss=loss),
         donate_argnums=0,
         compiler_options=xla_flags.options(sharding.target(), slices=config.mesh.slices),
     )
@@ -295,11 +354,11 @@ def run(
         in_a_row = int(fetched.pop("skipped_in_a_row"))
         # The step that compiled says nothing about speed.
         if last.step > first + 1:
-            throughput.step(tokens_per_step)
+            throughput.step(last.batch["inputs"].size)
         if last.step % config.train.log_every == 0 or last.step in (1, num_steps) or in_a_row:
             line = {
                 **fetched,
-                "tokens": last.step * tokens_per_step,
+                **data.tokens_until(last.step),
                 "rollbacks": rollbacks,
                 **throughput.rates(),
                 "elapsed_seconds": throughput.elapsed(),
@@ -325,12 +384,13 @@ def run(
             throughput.waited_for_data(time.monotonic() - began)
         return place_batch(rows, mesh, config.data.batch_size)
 
-    def score(step: int) -> float:
+    def score(step: int) -> tuple[float, Verdict]:
         with throughput.pause("eval"), hang_watch.pause():
             scores = evaluate(state.params)
         writer.write(step, "eval", scores)
         writer.plot()
-        return scores["loss"]
+        writer.flush()
+        return figure(scores), verdict()
 
     def save(step: int, held_out_loss: float | None) -> None:
         if not is_finite((state.params, state.opt_state)):
@@ -343,25 +403,29 @@ def run(
             step, state, data.state(), config, score=held_out_loss, seconds=totals
         )
 
+    judged = verdict() if first else Verdict(save=False, stop=False)
     if evaluate_first:
-        score(first)
+        _, judged = score(first)
     overdue = False
     for step in range(first, num_steps):
+        if judged.stop:
+            writer.say(f"step {step}: it gets no better, and ends here")
+            break
         hang_watch.step(step + 1)
         batch = next_batch()
         if step == first:
             with throughput.pause("compile"), hang_watch.pause():
-                state, metrics = jax.block_until_ready(step_fn(state, batch))
+                state, metrics = jax.block_until_ready(step_fn(state, batch, frozen))
                 is_finite((state.params, state.opt_state))  # compiled now, not at a save
         else:
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, batch, frozen)
         # The step before this one is looked at now, while this one runs: the device never
         # waits for Python.
         finish()
         in_flight = _InFlight(step + 1, metrics, batch, data.position)
         checkpointer.check()
 
-        done, is_last = step + 1, step + 1 == num_steps
+        done = step + 1
         leaving = preemption.reached()
         held_out_loss = None
         # Evaluation comes before saving: a run killed in between repeats both or neither.
@@ -369,10 +433,11 @@ def run(
         if evaluation_due(config, done) and not leaving:
             finish()
             try:
-                held_out_loss = score(done)
+                held_out_loss, judged = score(done)
             except Preempted:
                 leaving = True
-        overdue |= checkpointer.due(done)
+        is_last = done == num_steps or judged.stop
+        overdue |= checkpointer.due(done) or (held_out_loss is not None and judged.save)
         if overdue or is_last or leaving:
             finish()
             # Amid spikes the parameters may be what is wrong: better an earlier checkpoint.

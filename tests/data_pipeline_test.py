@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError, DataConfig
 from neo_jax.data import pipeline
-from neo_jax.data.pipeline import _shuffled
+from neo_jax.data.pipeline import shuffled
 
 KEYS = ("inputs", "targets", "weights", "segment_ids", "positions")
 
@@ -179,7 +179,7 @@ def test_another_seed_is_another_order(config, gpt2):
 @settings(max_examples=40)
 @given(st.integers(1, 2000), st.integers(0, 2**40), st.integers(0, 9))
 def test_the_shuffle_is_a_permutation(count, seed, epoch):
-    places = [_shuffled(i, count, seed, 0, epoch) for i in range(count)]
+    places = [shuffled(i, count, seed, 0, epoch) for i in range(count)]
     assert sorted(places) == list(range(count))
 
 

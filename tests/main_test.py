@@ -15,8 +15,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from neo_jax import config as config_lib
-from neo_jax import main, pretrain
+from neo_jax import main
+from neo_jax import run as run_lib
 from neo_jax.checkpoint import Checkpointer
+from neo_jax.metrics import Writer
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What differs between two equal runs.
@@ -73,11 +75,11 @@ def experiment(texts: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(autouse=True, scope="module")
 def _two_devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of the eight, which compile slowly; and a compilation cache that is not the user's."""
-    make_mesh = pretrain.sharding.make_mesh
+    make_mesh = run_lib.sharding.make_mesh
     cache = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            pretrain.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:2])
+            run_lib.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:2])
         )
         patch.setattr(main.compilation, "use_cache", lambda: None)
         changes = {
@@ -230,7 +232,7 @@ def test_a_workdir_without_permission_as_the_system_would_say_it(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pretrain.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(run_lib.tempfile, "TemporaryFile", refuse)
     assert "run cannot be written: Permission denied; choose another." in refusal()
 
 
@@ -265,8 +267,8 @@ def test_a_vocabulary_larger_than_the_models(refusal):
 def test_a_released_recipe_without_its_data_or_the_memory(refusal, monkeypatch, tmp_path):
     """Unchanged, and refused before anything is compiled or written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain, "_memory_bytes", lambda: 2**30)
-    monkeypatch.setattr(pretrain, "open_workdir", None)
+    monkeypatch.setattr(run_lib, "_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(run_lib, "open_workdir", None)
     line = refusal(config="neo_2p7b")
     needed = 16 * (2_651_307_520 + 47 * 2560) + 8  # four of each parameter, and two counters
     found = re.search(r"gradients need ([\d,]+) bytes \(39.5 GiB\) of memory", line)
@@ -278,7 +280,7 @@ def test_a_released_recipe_without_its_data_or_the_memory(refusal, monkeypatch, 
 
 
 def test_a_model_too_large_for_the_memory(refusal, monkeypatch):
-    monkeypatch.setattr(pretrain, "_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(run_lib, "_memory_bytes", lambda: 1000)
     line = refusal()
     assert "and this machine has 1,000 " in line and "num_layers" in line
     assert "data source" not in line
@@ -375,15 +377,15 @@ def test_a_run_that_is_broken_off_ends_with_the_same_losses(
     finished, experiment, tmp_path, monkeypatch, at
 ):
     """Before the first checkpoint (1), between two (3), after one and an evaluation (5)."""
-    workdir, advance = tmp_path / "run", pretrain.Writer.advance
+    workdir, advance = tmp_path / "run", Writer.advance
 
-    def stop(writer: pretrain.Writer, step: int) -> None:
+    def stop(writer: Writer, step: int) -> None:
         advance(writer, step)
         if step == at:
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Writer, "advance", stop)
+        patch.setattr(Writer, "advance", stop)
         with pytest.raises(Stopped):
             train(experiment, workdir)
     assert lines(workdir)[-1]["step"] == at and not (workdir / "summary.json").exists()

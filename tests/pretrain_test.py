@@ -14,9 +14,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from neo_jax import main, pretrain
+from neo_jax import run as run_lib
 from neo_jax.checkpoint import Checkpointer
 from neo_jax.checkpoint.folder import Folder
 from neo_jax.data.pipeline import Pipeline
+from neo_jax.metrics import Writer
 from tests.checkpoint_faults_test import disk as disk
 from tests.checkpoint_faults_test import flip_one_bit
 
@@ -57,10 +59,10 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True, scope="module")
 def _one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of the eight; and a compilation cache of this file's own."""
-    make_mesh = pretrain.sharding.make_mesh
+    make_mesh = run_lib.sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            pretrain.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
+            run_lib.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
         )
         changes = {
             "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
@@ -180,16 +182,16 @@ def run_broken_off(
     visit: int = 1,
 ) -> None:
     """Ends after a step, at its first or a later visit."""
-    advance, visits = pretrain.Writer.advance, []
+    advance, visits = Writer.advance, []
 
-    def stop(writer: pretrain.Writer, step: int) -> None:
+    def stop(writer: Writer, step: int) -> None:
         advance(writer, step)
         visits.append(step)
         if step == at and visits.count(step) == visit:
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Writer, "advance", stop)
+        patch.setattr(Writer, "advance", stop)
         with pytest.raises(Stopped):
             run(experiment, workdir)
 
@@ -210,12 +212,12 @@ def test_without_skipping_the_first_nan_ends_the_run_with_a_diagnosis(
 ) -> None:
     asked = []
 
-    def diagnose(params: Any, graph: Any, config: Any, batch: Any) -> str:
+    def diagnose(params: Any, graph: Any, config: Any, batch: Any, loss: Any) -> str:
         asked.append((jax.device_get(params), jax.device_get(batch)))
         return "the loss is the first"
 
     poison(monkeypatch, 6, 6)
-    monkeypatch.setattr(pretrain.diagnose, "first_not_finite", diagnose)
+    monkeypatch.setattr(run_lib.diagnose, "first_not_finite", diagnose)
     assert run(experiment, tmp_path / "run", "--config.optimizer.skip_spikes=False") == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == (
@@ -231,14 +233,14 @@ def test_without_skipping_the_first_nan_ends_the_run_with_a_diagnosis(
 
 
 def notice_at_step(patch: pytest.MonkeyPatch, at: int) -> None:
-    advance = pretrain.Writer.advance
+    advance = Writer.advance
 
-    def notify(writer: pretrain.Writer, step: int) -> None:
+    def notify(writer: Writer, step: int) -> None:
         advance(writer, step)
         if step == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    patch.setattr(pretrain.Writer, "advance", notify)
+    patch.setattr(Writer, "advance", notify)
 
 
 def notice_in_evaluation(patch: pytest.MonkeyPatch, number: int) -> None:
@@ -317,10 +319,10 @@ def test_where_the_time_went_is_in_the_summary_and_in_tensorboard(finished) -> N
 
 
 def test_what_a_start_without_a_checkpoint_took_is_known(tmp_path) -> None:
-    assert pretrain._elapsed_seconds(tmp_path) == 0
+    assert run_lib._elapsed_seconds(tmp_path) == 0
     said = [{"step": 1, "elapsed_seconds": 7.0}, {"step": 2, "elapsed_seconds": 9.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
-    assert pretrain._elapsed_seconds(tmp_path) == 9.5
+    assert run_lib._elapsed_seconds(tmp_path) == 9.5
 
 
 @pytest.mark.slow

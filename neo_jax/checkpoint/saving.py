@@ -173,6 +173,14 @@ class Checkpointer:
         """
         return restoring.newest_good(self._folder, put_aside=True)
 
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of the checkpoint with the lowest score; None if none was scored."""
+        scores = (
+            (self._folder.meta(step).get("score"), step) for step in self._folder.steps()
+        )
+        scored = [(step, score) for score, step in scores if score is not None]
+        return min(scored, key=lambda pair: pair[1], default=None)
+
     def read(self, step: int, wanted: Any) -> Any:
         """Arrays of a checkpoint that was found good; see `restoring.read`."""
         return restoring.read(self._folder, step, wanted)

@@ -4,7 +4,8 @@ Enters: an experiment file (or its name), plus overrides `--config.section.key=v
 Leaves: a `Config`, complete and checked: every default stands here once, every key is
 known, every value has its type, and every contradiction was refused with one line.
 
-    model.py, data.py, training.py   the sections: every key, its default and its meaning
+    model.py, data.py, training.py, finetuning.py
+                                     the sections: every key, its default and its meaning
     whole.py                         all of them, and the checks that need two
     presets.py                       released shapes, and meshes, by name
     building.py                      from ConfigDict, JSON and overrides to dataclasses
@@ -22,6 +23,7 @@ from neo_jax.config.building import (
 )
 from neo_jax.config.data import DataConfig
 from neo_jax.config.errors import ConfigError
+from neo_jax.config.finetuning import FinetuneConfig
 from neo_jax.config.loading import experiment_names, load_experiment
 from neo_jax.config.model import REMAT_TENSORS, ModelConfig
 from neo_jax.config.presets import MESH_PRESETS, PRESETS
@@ -44,6 +46,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "FinetuneConfig",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",

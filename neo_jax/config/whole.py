@@ -7,6 +7,7 @@ from typing import Literal
 
 from neo_jax.config.data import DataConfig
 from neo_jax.config.errors import ConfigError
+from neo_jax.config.finetuning import FinetuneConfig
 from neo_jax.config.model import ModelConfig
 from neo_jax.config.training import (
     CheckpointConfig,
@@ -22,7 +23,7 @@ from neo_jax.config.training import (
 class Config:
     """A whole experiment."""
 
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "finetune", "classify", "preference"] = "pretrain"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -31,6 +32,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:
         """Checks that need two sections."""

@@ -21,7 +21,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -121,6 +121,21 @@ class Batches:
         """Rows of one epoch over all sources."""
         return sum(part.rows.num_rows for part in self.parts)
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Positions of a batch, all hosts together."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def totals(self) -> Totals:
+        """Of all sources."""
+        stores = [part.store for part in self.parts]
+        return Totals(
+            num_tokens=sum(store.num_tokens for store in stores),
+            num_documents=sum(store.num_documents for store in stores),
+            num_bytes=sum(store.num_bytes for store in stores),
+        )
+
     def at(self, position: int) -> Batch:
         """This host's rows of the batch that starts at sequence `position`."""
         first, last = self.host_rows
@@ -151,7 +166,7 @@ class Batches:
         count = self.parts[source].rows.num_rows
         epoch, row = divmod(taken, count)
         if self.shuffle:
-            row = _shuffled(row, count, self.seed, source, epoch)
+            row = shuffled(row, count, self.seed, source, epoch)
         return source, row
 
 
@@ -160,7 +175,7 @@ def _epoch_seed(seed: int, source: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, source, epoch]).generate_state(1)[0])
 
 
-def _shuffled(index: int, count: int, seed: int, source: int, epoch: int) -> int:
+def shuffled(index: int, count: int, seed: int, source: int, epoch: int) -> int:
     """Where `index` lies in the epoch's permutation of 0 … count-1, which needs no memory."""
     if count == 1:
         return 0
@@ -168,10 +183,48 @@ def _shuffled(index: int, count: int, seed: int, source: int, epoch: int) -> int
     return index_shuffle(index, max_index=count - 1, seed=key, rounds=_SHUFFLE_ROUNDS)
 
 
-class _BatchSource:
-    """`Batches` from a position on, as grain reads a source: by index."""
+@runtime_checkable
+class BatchFunction(Protocol):
+    """A pure function from a position to a batch; picklable. `Batches` is one, for text.
 
-    def __init__(self, batches: Batches, position: int) -> None:
+    Attributes:
+      seed: of the order.
+      batch_size: rows of a batch, all hosts together.
+      endless: whether the data is gone through again and again.
+      num_sequences: rows of one epoch.
+      tokens_per_batch: where all batches have as many; else None.
+      totals: what one epoch holds.
+    """
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def endless(self) -> bool: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def tokens_per_batch(self) -> int | None: ...
+    @property
+    def totals(self) -> Totals: ...
+
+    def at(self, position: int) -> Batch:
+        """This host's rows of the batch that starts at sequence `position`."""
+
+
+class Totals(NamedTuple):
+    """What one epoch holds."""
+
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+
+
+class _BatchSource:
+    """Batches from a position on, as grain reads a source: by index."""
+
+    def __init__(self, batches: BatchFunction, position: int) -> None:
         self._batches = batches
         self._position = position
 
@@ -197,7 +250,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, batches: Batches, config: DataConfig, spec: dict[str, Any], position: int
+        self, batches: BatchFunction, config: DataConfig, spec: dict[str, Any], position: int
     ) -> None:
         self._batches = batches
         self._config = config
@@ -208,11 +261,8 @@ class Pipeline:
         self._running: list[grain.DatasetIterator] = []  # one, or none before the first batch
         # At exit grain's own clean-up would come after the modules it needs are gone.
         weakref.finalize(self, _stop, self._running)
-        stores = [part.store for part in batches.parts]
         self.num_sequences = batches.num_sequences
-        self.num_tokens = sum(store.num_tokens for store in stores)
-        self.num_documents = sum(store.num_documents for store in stores)
-        self.num_bytes = sum(store.num_bytes for store in stores)
+        self.num_tokens, self.num_documents, self.num_bytes = batches.totals
 
     def __iter__(self) -> Pipeline:
         return self
@@ -232,6 +282,11 @@ class Pipeline:
     def close(self) -> None:
         """Ends the workers and threads; the next batch would start them again."""
         _stop(self._running)
+
+    def tokens_until(self, step: int) -> dict[str, int]:
+        """`tokens` of the first steps; nothing where batches differ in length."""
+        each = self._batches.tokens_per_batch
+        return {} if each is None else {"tokens": step * each}
 
     @property
     def position(self) -> int:
@@ -304,6 +359,8 @@ class Pipeline:
 
     def _changed_at(self) -> list[int]:
         """Positions at which the mixture's weights changed so far."""
+        if not isinstance(self._batches, Batches):
+            return []
         return [at for at in self._batches.mixture.changes if at <= self._position]
 
     def _place_changes(self, changed_at: Sequence[int]) -> None:
@@ -311,6 +368,7 @@ class Pipeline:
         steps = self._config.mixture_changes
         if self._config.mixture_changes_in == "sequences" or not steps:
             return
+        assert isinstance(self._batches, Batches)
         past = [at for at in changed_at if at <= self._position]
         future = [
             max(self._position + (step - self.step) * self._config.batch_size, 0)
@@ -320,7 +378,8 @@ class Pipeline:
         self._batches = dataclasses.replace(self._batches, mixture=mixture)
 
     def epochs(self) -> dict[str, float]:
-        """For each source, how many times its text was seen so far."""
+        """For each source of text, how many times it was seen so far."""
+        assert isinstance(self._batches, Batches)
         counts = self._batches.mixture.counts(self._position)
         return {
             part.name: count / part.rows.num_rows
@@ -328,7 +387,8 @@ class Pipeline:
         }
 
     def document_lengths(self) -> dict[str, np.ndarray]:
-        """For each source, tokens of each document with its eos; int64 [documents]."""
+        """For each source of text, tokens of each document with its eos; int64 [documents]."""
+        assert isinstance(self._batches, Batches)
         return {
             part.name: np.diff(part.store.document_ends(), prepend=0)
             for part in self._batches.parts
