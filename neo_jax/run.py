@@ -132,7 +132,9 @@ class Run(abc.ABC):
     def initial_params(self) -> tuple[Params, Params]:
         """The learned and the frozen parameters before the first step, each where it lies."""
         config = self.config
-        fresh = state.create_params(config.model, config.train.seed, self.abstract.params)
+        fresh = state.create_params(
+            config.model, self.mesh, config.train.seed, config.finetune
+        )
         if config.train.init_from is not None:
             fresh = checkpoint.restore_matching(config.train.init_from, fresh)
         return fresh, {}

@@ -1,8 +1,8 @@
 """The training state: what a checkpoint must hold for the next step to come out the same.
 
 Enters: a config, a mesh, an optimiser. Leaves: a `TrainState` of arrays that lie where
-sharding.py puts them. `abstract` and `create` trace one function, so that the state that is
-restored, planned or counted is the one that is trained.
+sharding.py puts them. `abstract` and `create` trace the same functions, so that the state
+that is restored, planned or counted is the one that is trained.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from neo_jax import optimizer, sharding, trainable
@@ -120,21 +120,23 @@ def create(
     return init(seed)
 
 
-def create_params(config: ModelConfig, seed: int, like: Params) -> Params:
-    """Fresh values of some of a model's parameters.
+def create_params(
+    config: ModelConfig, mesh: Mesh, seed: int, finetune: FinetuneConfig = EVERYTHING
+) -> Params:
+    """Fresh values of the parameters that are learned; the others take no memory.
 
     Args:
       config: the model.
+      mesh: where they lie.
       seed: the same values as `create` draws from it.
-      like: those that are wanted, as `abstract_params` has them; others take no memory.
+      finetune: which are learned.
     """
-    wanted = traverse_util.flatten_dict(like)
-
-    def init(seed: Any) -> Params:
-        flat = traverse_util.flatten_dict(_initial_params(config, seed))
-        return traverse_util.unflatten_dict({path: flat[path] for path in wanted})
-
-    return jax.jit(init, out_shardings=_shardings(like))(seed)
+    like, _ = trainable.divide(abstract_params(config, mesh), finetune)
+    init = jax.jit(
+        lambda seed: trainable.divide(_initial_params(config, seed), finetune)[0],
+        out_shardings=_shardings(like),
+    )
+    return init(seed)
 
 
 def begin(params: Params, like: TrainState, tx: optax.GradientTransformation) -> TrainState:
