@@ -19,6 +19,7 @@ from neo_jax import compilation, distributed, host_memory, pretrain
 from neo_jax import config as config_lib
 from neo_jax.checkpoint import CheckpointError
 from neo_jax.config import Config, ConfigError
+from neo_jax.finetune import text
 from neo_jax.run import DivergedError
 from neo_jax.watch import EXIT_FAILED, EXIT_PREEMPTED, Preempted
 
@@ -43,7 +44,10 @@ settings and their defaults: neo_jax/config/
 # What a disk may answer while a run writes to it.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
-TASKS: Mapping[str, Callable[[Config, pathlib.Path], None]] = {"pretrain": pretrain.run}
+TASKS: Mapping[str, Callable[[Config, pathlib.Path], None]] = {
+    "pretrain": pretrain.run,
+    "finetune": text.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -335,6 +335,17 @@ def read(
     return hf.read(source, dtype=dtype, mesh=mesh)
 
 
+def model_config(source: str | os.PathLike[str]) -> ModelConfig:
+    """The shape of any checkpoint's model, without reading its weights. Errors as `load`."""
+    folder = locate(source)
+    if is_workdir(folder):
+        return _config_of_workdir(folder)
+    if mtf.is_checkpoint(folder):
+        prefix = mtf.checkpoint_prefix(folder)
+        return mtf.config_from_mtf(hf.read_json(prefix.parent / "config.json"))
+    return hf.config_from_hf(hf.read_json(folder / "config.json"))
+
+
 def is_workdir(source: str | os.PathLike[str]) -> bool:
     """Whether a directory is one that training or `convert` wrote."""
     return (pathlib.Path(source) / "checkpoints").is_dir()
@@ -351,13 +362,17 @@ def find_tokenizer(checkpoint: pathlib.Path) -> Tokenizer | None:
 def _read_workdir(
     workdir: pathlib.Path, dtype: str | None, mesh: Mesh | None
 ) -> hf.Pretrained:
-    try:
-        config = config_lib.from_json((workdir / "config.json").read_text()).model
-    except OSError as error:
-        raise ConfigError(f"{workdir}/config.json cannot be read: {error.strerror}.") from None
+    config = _config_of_workdir(workdir)
     if dtype is not None:
         config = dataclasses.replace(config, param_dtype=dtype)  # type: ignore[arg-type]
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = hf.abstract_params(config, mesh=mesh)
     return hf.Pretrained(config, checkpoint.restore_params(workdir, abstract), None)
+
+
+def _config_of_workdir(workdir: pathlib.Path) -> ModelConfig:
+    try:
+        return config_lib.from_json((workdir / "config.json").read_text()).model
+    except OSError as error:
+        raise ConfigError(f"{workdir}/config.json cannot be read: {error.strerror}.") from None

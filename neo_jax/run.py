@@ -485,11 +485,22 @@ def load_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer
         words = tokenizer.load(str(workdir))
     else:
         words = pipeline.load_tokenizer(config.data)
-        if jax.process_index() == 0:
-            words.save(workdir)
+    return keep_tokenizer(words, config, workdir)
+
+
+def keep_tokenizer(
+    words: tokenizer.Tokenizer, config: Config, workdir: pathlib.Path
+) -> tokenizer.Tokenizer:
+    """Puts a tokenizer into the workdir, where evaluation and export find it.
+
+    Raises:
+      ConfigError: it has more ids than the model.
+    """
     if words.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r} has {words.vocab_size} ids, more than "
             f"model.vocab_size={config.model.vocab_size}; set the latter to it."
         )
+    if jax.process_index() == 0 and not (workdir / tokenizer.FILE_NAME).exists():
+        words.save(workdir)
     return words

@@ -62,7 +62,9 @@ def _one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     make_mesh = run_lib.sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            run_lib.sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1])
+            run_lib.sharding,
+            "make_mesh",
+            lambda config, devices=None: make_mesh(config, devices or jax.devices()[:1]),
         )
         changes = {
             "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),

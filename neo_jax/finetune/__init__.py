@@ -1,0 +1,1 @@
+"""What differs from pre-training where a trained model learns something more."""

@@ -1,0 +1,113 @@
+"""A run that starts from a trained model, whatever it learns.
+
+Enters: `train.init_from`: a workdir, a Hugging Face directory or hub id, or an original
+checkpoint. Leaves: a `Run` whose model has that checkpoint's shape, whose tokenizer is the
+checkpoint's, and whose first parameters are its own; what a task adds to them starts fresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import ClassVar
+
+from flax import traverse_util
+
+from neo_jax import pretrained, state, tokenizer, trainable
+from neo_jax.checkpoint.restoring import tell
+from neo_jax.config import Config, ConfigError
+from neo_jax.run import Run, keep_tokenizer, load_tokenizer
+from neo_jax.state import Params
+from neo_jax.watch import Preemption
+
+# What an experiment says of the model; its shape is the checkpoint's.
+_OF_THE_RUN = (
+    *("param_dtype", "compute_dtype", "attention", "scan_layers"),
+    *("remat", "remat_save", "remat_offload"),
+)
+
+
+class Tuning(Run):
+    """A run from a trained model; it ends with the best checkpoint, not the last.
+
+    Attributes:
+      source: where the checkpoint lies; None where a task allows to start from nothing.
+    """
+
+    config: Config
+    ends_with_best: ClassVar[bool] = True
+    needs_checkpoint: ClassVar[bool] = True
+
+    def __init__(self, config: Config, workdir: pathlib.Path, preemption: Preemption) -> None:
+        self.source = self._locate(config)
+        super().__init__(self.resolved(config), workdir, preemption)
+
+    def resolved(self, config: Config) -> Config:
+        """The config with the checkpoint's shape; a task may settle more of it.
+
+        Raises:
+          ConfigError: the checkpoint's model does not fit the rest of the config.
+        """
+        if self.source is None:
+            return config
+        of_the_run = {key: getattr(config.model, key) for key in _OF_THE_RUN}
+        shape = dataclasses.replace(pretrained.model_config(self.source), **of_the_run)
+        return dataclasses.replace(config, model=shape)
+
+    def open_tokenizer(self) -> tokenizer.Tokenizer:
+        """The checkpoint's, kept in the workdir; the config's where it has none.
+
+        Raises:
+          ConfigError: neither is there.
+        """
+        if self.source is None or (self.workdir / tokenizer.FILE_NAME).exists():
+            return load_tokenizer(self.config, self.workdir)
+        words = pretrained.find_tokenizer(self.source)
+        if words is None:
+            tell(
+                f"{self.source} has no tokenizer; data.tokenizer="
+                f"{self.config.data.tokenizer!r} is used."
+            )
+            return load_tokenizer(self.config, self.workdir)
+        return keep_tokenizer(words, self.config, self.workdir)
+
+    def initial_params(self) -> tuple[Params, Params]:
+        """The checkpoint's parameters, and fresh ones where it has none."""
+        config = self.config
+        if self.source is None:
+            return super().initial_params()
+        learned, frozen = trainable.divide(self._read(), config.finetune)
+        wanted, held = (traverse_util.flatten_dict(p) for p in (self.abstract.params, learned))
+        missing = [path for path in wanted if path not in held]
+        if missing:
+            fresh = traverse_util.flatten_dict(
+                state.create_params(
+                    config.model, self.mesh, config.train.seed, config.finetune
+                )
+            )
+            held |= {path: fresh[path] for path in missing}
+        return traverse_util.unflatten_dict(held), frozen
+
+    def frozen_params(self) -> Params:
+        """The checkpoint's parameters that are not learned, read again."""
+        if self.config.finetune.trainable == "all" or self.source is None:
+            return {}
+        return trainable.divide(self._read(), self.config.finetune)[1]
+
+    def _read(self) -> Params:
+        """All of the checkpoint's parameters, where they will lie."""
+        assert self.source is not None
+        model = pretrained.read(
+            self.source, dtype=self.config.model.param_dtype, mesh=self.mesh
+        )
+        return model.params
+
+    def _locate(self, config: Config) -> pathlib.Path | None:
+        if config.train.init_from is not None:
+            return pretrained.locate(config.train.init_from)
+        if self.needs_checkpoint:
+            raise ConfigError(
+                f"task {config.task!r} starts from a trained model; name it, as in "
+                f"--config.train.init_from=EleutherAI/gpt-neo-125m."
+            )
+        return None
