@@ -124,7 +124,10 @@ def test_every_misspelt_key_is_answered_with_itself() -> None:
             "mesh=fsdp_tensr",
             "mesh preset 'fsdp_tensr' is unknown, did you mean 'fsdp_tensor'?",
         ),
-        ("task=pretrian", "task='pretrian' is not one of pretrain, did you mean 'pretrain'?"),
+        (
+            "task=pretrian",
+            "task='pretrian' is not one of pretrain, finetune, classify, preference, did you mean 'pretrain'?",
+        ),
         ("eval.references=3", "eval.references=3 must be a list"),
         ("eval.references=[['gzip']]", "eval.references: ('gzip',) must be a name and its bi"),
         ("data.mixture=[['a']", "data.mixture=\"[['a']\" must be a list"),
