@@ -126,7 +126,8 @@ def test_every_misspelt_key_is_answered_with_itself() -> None:
         ),
         (
             "task=pretrian",
-            "task='pretrian' is not one of pretrain, finetune, classify, preference, did you mean 'pretrain'?",
+            "task='pretrian' is not one of pretrain, finetune, classify, preference, "
+            "did you mean 'pretrain'?",
         ),
         ("eval.references=3", "eval.references=3 must be a list"),
         ("eval.references=[['gzip']]", "eval.references: ('gzip',) must be a name and its bi"),
