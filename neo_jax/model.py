@@ -23,18 +23,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from neo_jax import attention
+from neo_jax.activations import ACTIVATIONS
 from neo_jax.config import REMAT_TENSORS, ModelConfig
 from neo_jax.sharding import constrain, target
 
 Ids = Int[Array, "batch seq"]
 Hidden = Float[Array, "batch seq embed"]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),  # the tanh form
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

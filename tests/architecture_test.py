@@ -31,6 +31,7 @@ WAY = (
     "sharding",
     "xla_flags",
     "attention",
+    "activations",
     "model",
     "loss",
     "optimizer",

@@ -109,8 +109,9 @@ def test_every_misspelt_key_is_answered_with_itself() -> None:
         ),
         (
             "model.activation=gelu_nw",
-            "model.activation='gelu_nw' is not one of gelu_new, gelu, relu, silu, "
-            "did you mean 'gelu_new'?",
+            "model.activation='gelu_nw' is not one of gelu_new, gelu, gelu_10, quick_gelu, "
+            "relu, relu2, relu6, leaky_relu, silu, hardswish, mish, laplace, sigmoid, "
+            "sqrtsoftplus, tanh, linear, did you mean 'gelu_new'?",
         ),
         (
             "model.compute_dtype=bf16",

@@ -17,8 +17,8 @@ import safetensors.numpy
 from flax import nnx
 
 from neo_jax import hf, sharding, state
+from neo_jax.activations import ACTIVATIONS
 from neo_jax.config import ConfigError, MeshConfig, ModelConfig, preset_model
-from neo_jax.model import ACTIVATIONS
 
 SMALL = ModelConfig(
     num_layers=4,
@@ -151,26 +151,24 @@ def test_older_words_for_the_same_key():
     assert config.attention_types == ("local", "global") and config.activation == "silu"
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        *((f"gelu_{kind}", "gelu_new") for kind in ("new", "fast", "accurate")),
-        *((f"gelu_{kind}_tanh", "gelu_new") for kind in ("pytorch", "python")),
-        ("gelu", "gelu"),
-        ("gelu_python", "gelu"),
-        ("relu", "relu"),
-        ("silu", "silu"),
-        ("swish", "silu"),
-    ],
-)
-def test_activations_by_every_name(theirs, ours):
+def test_activations_by_every_name_of_transformers():
     """Each name means the function of ours that transformers computes under it."""
-    config = hf.config_from_hf({"activation_function": theirs})
-    assert config.activation == ours
     torch, transformers = torch_and_transformers()
-    x = np.linspace(-6, 6, 201, dtype=np.float32)
-    expected = transformers.activations.ACT2FN[theirs](torch.tensor(x)).numpy()
-    np.testing.assert_allclose(ACTIVATIONS[ours](jnp.asarray(x)), expected, atol=2e-6)
+    x = np.linspace(-12, 12, 401, dtype=np.float32)
+    met = set()
+    for theirs in sorted(set(transformers.activations.ACT2CLS) - {"prelu", "xielu"}):
+        ours = hf.config_from_hf({"activation_function": theirs}).activation
+        expected = transformers.activations.ACT2FN[theirs](torch.tensor(x)).numpy()
+        given = ACTIVATIONS[ours](jnp.asarray(x))
+        np.testing.assert_allclose(given, expected, rtol=2e-6, atol=2e-6, err_msg=theirs)
+        met.add(ours)
+    assert met == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_goes_out_under_the_name_it_came_by(name):
+    config = hf.config_from_hf({"activation_function": name})
+    assert hf.config_to_hf(config)["activation_function"] == name
 
 
 def test_dropout_is_passed_over_with_a_note(caplog):
@@ -184,7 +182,8 @@ def test_dropout_is_passed_over_with_a_note(caplog):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2', which is not GPT-Neo"),
         ({"model_type": "gptj"}, "model_type 'gptj', which is not GPT-Neo"),
-        ({"activation_function": "mish"}, "activation_function 'mish' is unknown"),
+        ({"activation_function": "mich"}, "function 'mich' is unknown, did you mean 'mish'"),
+        ({"activation_function": "prelu"}, "function 'prelu' learns weights of its own"),
         ({"num_layers": 3}, "describes 2 layers, but model.num_layers=3"),
         ({"num_heads": 7}, "num_heads=7 does not divide"),
         ({"attention_types": [[["sliding"], 24]]}, "'sliding' is unknown"),

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import pytest
 from flax import nnx
 
 from neo_jax import sharding, state
+from neo_jax.activations import ACTIVATIONS
 from neo_jax.config import ConfigError, MeshConfig, ModelConfig, preset_model
 from neo_jax.loss import cross_entropy
-from neo_jax.model import ACTIVATIONS, NeoLM, init_stddevs
+from neo_jax.model import NeoLM, init_stddevs
 
 TINY = ModelConfig(
     num_layers=4,
@@ -248,8 +250,14 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_activations_differ(name):
-    others = [ACTIVATIONS[n](jnp.float32(-0.7)) for n in ACTIVATIONS if n != name]
-    assert ACTIVATIONS[name](jnp.float32(-0.7)) not in others
+    x = jnp.asarray([-0.7, 0.5, 12])
+    others = [ACTIVATIONS[n](x).tolist() for n in ACTIVATIONS if n != name]
+    assert ACTIVATIONS[name](x).tolist() not in others
+
+
+def test_every_activation_has_a_name_in_the_config():
+    names = typing.get_args(typing.get_type_hints(ModelConfig)["activation"])
+    assert set(names) == set(ACTIVATIONS) and len(names) == len(ACTIVATIONS)
 
 
 # -------------------------------------------------------------------------------- gradients

@@ -19,6 +19,26 @@ REMAT_TENSORS = (
     "residual",
 )
 
+# Transformers' names; activations.py has the functions.
+Activation = Literal[
+    "gelu_new",
+    "gelu",
+    "gelu_10",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "hardswish",
+    "mish",
+    "laplace",
+    "sigmoid",
+    "sqrtsoftplus",
+    "tanh",
+    "linear",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -38,7 +58,7 @@ class ModelConfig:
     vocab_size: int = 50257
     vocab_multiple: int = 128  # embedding rows are padded up to a multiple of this
     max_seq_len: int = 2048  # learned positions
-    activation: Literal["gelu_new", "gelu", "relu", "silu"] = "gelu_new"
+    activation: Activation = "gelu_new"
     layer_norm_eps: float = 1e-5
     tie_embeddings: bool = True
     initializer: Literal["mtf", "hf"] = "mtf"

@@ -14,7 +14,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from neo_jax.activations import ACTIVATIONS
 from neo_jax.config import ConfigError, ModelConfig, preset_model
+from neo_jax.config.errors import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +41,17 @@ _ALIASES = {
     "n_positions": "max_position_embeddings",
 }
 
-# Hugging Face's name of an activation and ours; the tanh form of GELU has several names.
-_ACTIVATIONS = {
-    "gelu_new": "gelu_new",
+# Hugging Face's other names for a function of ours; the tanh form of GELU has several.
+_ACTIVATIONS = {name: name for name in ACTIVATIONS} | {
     "gelu_fast": "gelu_new",
     "gelu_pytorch_tanh": "gelu_new",
     "gelu_python_tanh": "gelu_new",
     "gelu_accurate": "gelu_new",
-    "gelu": "gelu",
     "gelu_python": "gelu",
-    "relu": "relu",
-    "silu": "silu",
     "swish": "silu",
 }
+# Those that transformers gives weights of their own, which GPTNeoConfig says nothing of.
+_WITH_WEIGHTS = ("prelu", "xielu")
 
 
 def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
@@ -79,15 +79,24 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     }
     if given.get("attention_types"):
         shape["attention_types"] = given["attention_types"]
-    activation = given.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        raise ConfigError(
-            f"config.json: activation_function {activation!r} is unknown; "
-            f"there are {', '.join(_ACTIVATIONS)}."
-        )
-    shape["activation"] = _ACTIVATIONS[activation]
+    shape["activation"] = _activation(given.get("activation_function", "gelu_new"))
     # A key that a file leaves out has GPTNeoConfig's default, which is the 1.3B model's.
     return preset_model("neo_1p3b", **shape)
+
+
+def _activation(name: str) -> str:
+    """Our name of a function that transformers knows by this one."""
+    if name in _WITH_WEIGHTS:
+        raise ConfigError(
+            f"config.json: activation_function {name!r} learns weights of its own, which "
+            f"neo_jax's MLP does not have; train on with another, such as 'leaky_relu'."
+        )
+    if name not in _ACTIVATIONS:
+        raise ConfigError(
+            f"config.json: activation_function {name!r} is unknown"
+            f"{did_you_mean(name, _ACTIVATIONS)}; there are {', '.join(_ACTIVATIONS)}."
+        )
+    return _ACTIVATIONS[name]
 
 
 def eos_id(folder: pathlib.Path, otherwise: int | None) -> int | None:
