@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from neo_jax import config as config_lib
+from neo_jax import model as model_room
+from neo_jax import sharding
 from neo_jax.config import ConfigError
 from neo_jax.generate import Generator, NotFiniteError, cache, from_keywords, network, quantise
 from neo_jax.model import NeoLM
@@ -290,6 +292,26 @@ def test_requests_of_all_lengths_share_programs() -> None:
     assert fresh.num_programs == before
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"cache_dtype": "int8"}, marks=pytest.mark.slow),
+        pytest.param({"prompt_lookup_num_tokens": 3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_ways_of_a_tpu_give_the_same_text(options, monkeypatch) -> None:
+    """Rows that fill a register up, and caches that are written a row at a time."""
+    prompts, options = random_prompts(3, 17, 40), {"max_new_tokens": 24, **options}
+    expected = write(prompts, **options)
+    for room in (cache, model_room):
+        monkeypatch.setattr(room, "target", lambda: sharding.Target("tpu", "TPU v5 lite"))
+    fresh = Generator(MODEL, *model(), None)
+    assert fresh.write(prompts, from_keywords(options)) == expected
+    assert fresh.write(prompts[1:2], from_keywords(options)) == expected[1:2]
+
+
 # ------------------------------------------------------------------------- longer than allowed
 
 
@@ -379,7 +401,7 @@ def test_prompts_refused() -> None:
     ids=str,
 )
 def test_text_is_the_same_on_any_mesh(sizes) -> None:
-    from neo_jax import hf, sharding
+    from neo_jax import hf
 
     mesh = sharding.make_mesh(config_lib.MeshConfig(**sizes))
     graph, params = model()

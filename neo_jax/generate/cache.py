@@ -22,14 +22,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from neo_jax.config import ModelConfig
-from neo_jax.model import compute_dtype
-from neo_jax.sharding import constrain
+from neo_jax.model import SUBLANES, compute_dtype
+from neo_jax.sharding import axes_of, constrain, target
 
 Heads = Float[Array, "batch seq heads head_dim"]
 _INT8_MAX = 127
+_MOST_ROWS = 64  # that are written one after another, each an operation of the program
 
 
 @functools.partial(
@@ -140,11 +141,15 @@ class Step:
 
     def attend(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Step]:
         """See `model.Memory`. A row without a token keeps its cache, and gets some average."""
-        context = self._softmax_average(query, key, value)
+        T = query.shape[1]
+        if target().platform == "tpu" and T < SUBLANES:
+            # More queries than there are: one alone would not go to the matrix unit.
+            query = jnp.pad(query, [(0, 0), (0, SUBLANES - T), (0, 0), (0, 0)])
+        context = self._softmax_average(query, key, value)[:, :T]
         # So that the write waits for the read, which leaves it in place: without an order
         # between them XLA copies the cache, at each token. 0 × x is x's NaN, else 0.
         wait = 0 * context
-        cache = _write(self.cache, key + wait, value + wait, self.positions)
+        cache = _write(self.cache, key + wait, value + wait, self.positions, self._before())
         return context, dataclasses.replace(self, cache=cache)
 
     def _softmax_average(self, q_BTNH: Array, key_BTNH: Array, value_BTNH: Array) -> Array:
@@ -160,31 +165,44 @@ class Step:
         if cache.key_scale is not None:
             old_BNTS *= cache.key_scale[:, :, None]
         new_BNTS = product("BTNH,BSNH->BNTS", q_BTNH, key_BTNH)
-        scores_BNTS = jnp.concatenate([old_BNTS, new_BNTS], axis=-1)
         # Finite, so that a row that sees nothing (one without a token) holds no NaN.
         least = jnp.finfo(float_type).min
-        probs_BNTS = jax.nn.softmax(jnp.where(self._mask(), scores_BNTS, least), axis=-1)
-        old_BNTS, new_BNTS = jnp.split(probs_BNTS, [cache.num_slots], axis=-1)
+        old_mask, new_mask = self._masks(q_BTNH.shape[1])
+        old_BNTS = jnp.where(old_mask, old_BNTS, least)
+        new_BNTS = jnp.where(new_mask, new_BNTS, least)
+        # The softmax over both, which need not lie in one array for it.
+        largest_BNT1 = jnp.maximum(
+            old_BNTS.max(axis=-1, keepdims=True), new_BNTS.max(axis=-1, keepdims=True)
+        )
+        old_BNTS, new_BNTS = jnp.exp(old_BNTS - largest_BNT1), jnp.exp(new_BNTS - largest_BNT1)
+        total_BNT1 = old_BNTS.sum(axis=-1, keepdims=True) + new_BNTS.sum(-1, keepdims=True)
         if cache.value_scale is not None:
             old_BNTS *= cache.value_scale[:, :, None]
-        old_BNTH = jnp.einsum(
-            "BNTS,BNSH->BNTH", old_BNTS.astype(kind), cache.value.astype(kind)
-        )
-        new_BNTH = jnp.einsum("BNTS,BSNH->BNTH", new_BNTS.astype(kind), value_BTNH)
-        return (old_BNTH + new_BNTH).swapaxes(1, 2)
+        old_BNTH = product("BNTS,BNSH->BNTH", old_BNTS.astype(kind), cache.value.astype(kind))
+        new_BNTH = product("BNTS,BSNH->BNTH", new_BNTS.astype(kind), value_BTNH)
+        context_BNTH = (old_BNTH + new_BNTH) / total_BNT1
+        return context_BNTH.swapaxes(1, 2).astype(kind)
 
-    def _mask(self) -> Bool[Array, "batch one query key"]:
-        """Which keys each query sees: those of all slots, then the new ones."""
-        before_B = self.length - (self.positions >= 0).sum(axis=1)
-        keys_BS = jnp.concatenate(
-            [_held(before_B, self.cache.num_slots), self.positions], axis=1
-        )
-        keys_B1S = keys_BS[:, None]
-        distance_BTS = self.positions[:, :, None] - keys_B1S
-        mask_BTS = (keys_B1S >= 0) & (distance_BTS >= 0)
-        if self.cache.window is not None:
-            mask_BTS &= distance_BTS < self.cache.window
-        return mask_BTS[:, None]
+    def _before(self) -> Int[Array, " batch"]:
+        """Tokens that each row's cache held before this call."""
+        return self.length - (self.positions >= 0).sum(axis=1)
+
+    def _masks(self, num_queries: int) -> tuple[Array, Array]:
+        """Which keys each query sees, [batch, 1, query, key]: of the slots, of the new ones.
+
+        Queries beyond the tokens see nothing.
+        """
+        beyond = num_queries - self.positions.shape[1]
+        queries_BT = jnp.pad(self.positions, [(0, 0), (0, beyond)], constant_values=-1)
+
+        def mask(keys_BS: Array) -> Array:
+            distance_BTS = queries_BT[:, :, None] - keys_BS[:, None]
+            mask_BTS = (keys_BS[:, None] >= 0) & (distance_BTS >= 0)
+            if self.cache.window is not None:
+                mask_BTS &= distance_BTS < self.cache.window
+            return mask_BTS[:, None]
+
+        return mask(_held(self._before(), self.cache.num_slots)), mask(self.positions)
 
 
 def _held(length: Int[Array, " batch"], slots: int) -> Int[Array, "batch slots"]:
@@ -194,25 +212,59 @@ def _held(length: Int[Array, " batch"], slots: int) -> Int[Array, "batch slots"]
 
 
 def _write(
-    cache: LayerCache, key: Heads, value: Heads, positions: Int[Array, "batch seq"]
+    cache: LayerCache,
+    key: Heads,
+    value: Heads,
+    positions: Int[Array, "batch seq"],
+    before: Int[Array, " batch"],
 ) -> LayerCache:
-    rows_B1 = jnp.arange(positions.shape[0])[:, None]
-    # A slot that does not exist: what goes there is dropped.
-    slots_BT = jnp.where(positions < 0, cache.num_slots, positions % cache.num_slots)
-
-    def put(into: jax.Array, what: jax.Array) -> jax.Array:
-        return into.at[rows_B1, :, slots_BT].set(what.astype(into.dtype), mode="drop")
-
     key_scale, value_scale = cache.key_scale, cache.value_scale
+    if _is_written_by_row(positions):
+        put = functools.partial(_put_by_row, slot=before % cache.num_slots)
+    else:
+        # A slot that does not exist: what goes there is dropped.
+        slots_BT = jnp.where(positions < 0, cache.num_slots, positions % cache.num_slots)
+        put = functools.partial(_put, slots=slots_BT)
     if key_scale is not None:
         key, new_key_scale = _quantise(key)
         value, new_value_scale = _quantise(value)
-        key_scale = put(key_scale, new_key_scale)
-        value_scale = put(value_scale, new_value_scale)
-    into_key = cache.key.at[rows_B1, :, :, slots_BT]
-    key = into_key.set(key.astype(cache.key.dtype), mode="drop")
-    value = put(cache.value, value)
+        key_scale = put(key_scale, new_key_scale, axis=2)
+        value_scale = put(value_scale, new_value_scale, axis=2)
+    key, value = put(cache.key, key, axis=3), put(cache.value, value, axis=2)
     return LayerCache(key, value, key_scale, value_scale, cache.window)
+
+
+def _put(into: Array, what: Array, *, axis: int, slots: Int[Array, "batch seq"]) -> Array:
+    """`what` [batch, seq, heads, …] in the slots, which are a dimension of `into`."""
+    rows_B1 = jnp.arange(slots.shape[0])[:, None]
+    index = (rows_B1, *[slice(None)] * (axis - 1), slots)
+    return into.at[index].set(what.astype(into.dtype), mode="drop")
+
+
+def _is_written_by_row(positions: Int[Array, "batch seq"]) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    is_whole = mesh.empty or not axes_of("batch", mesh.shape)
+    return (
+        target().platform == "tpu"
+        and is_whole
+        and positions.shape[1] == 1
+        and positions.shape[0] <= _MOST_ROWS
+    )
+
+
+def _put_by_row(into: Array, what: Array, *, axis: int, slot: Int[Array, " batch"]) -> Array:
+    """As `_put`, one token a row; what a row without a token puts there is never seen.
+
+    On a TPU a scatter over rows wants its slots in front of the heads, and would copy the
+    caches into that order and back; an update of one row takes them as they are. Where a row
+    has no token, the slot is the one that its next token takes, which no query sees before.
+    """
+    what = jnp.moveaxis(what, 1, axis).astype(into.dtype)
+    for row in range(slot.shape[0]):
+        at = [row, *[0] * (into.ndim - 1)]
+        at[axis] = slot[row]
+        into = jax.lax.dynamic_update_slice(into, what[row : row + 1], at)
+    return into
 
 
 def _quantise(x: Heads) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from neo_jax.config import ModelConfig
 from neo_jax.generate import quantise
 from neo_jax.generate.cache import Caches, LayerCache, Step
-from neo_jax.model import NeoLM, compute_dtype
+from neo_jax.model import NeoLM, compute_dtype, product
 from neo_jax.state import Params
 
 
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         head = self.embedder.embedding if self.untied_head is None else self.untied_head
         float_type = jnp.promote_types(hidden.dtype, jnp.float32)
         # The padding rows are multiplied as well: cutting them off the head would copy it.
-        logits = jnp.einsum(
+        logits = product(
             "BTD,VD->BTV",
             hidden,
             head[...].astype(hidden.dtype),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from neo_jax.model import Linear
+from neo_jax.model import Linear, product
 
 _INT8_MAX = 127
 # XLA's CPU products do not take int8. For one token the product is written as so many
@@ -50,7 +50,7 @@ class Int8Linear(nnx.Module):
         if rows == 1 and jax.default_backend() == "cpu":
             y = self._one_row(x)
         else:
-            y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+            y = product(self.equation, x, self.kernel[...].astype(x.dtype))
         y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
