@@ -31,6 +31,7 @@ from neo_jax.generate import (
     Written,
     eos_id,
     from_keywords,
+    network,
     power_of_two,
     scoring,
 )
@@ -62,16 +63,59 @@ class Scored:
         return float(sum(value for value in self.log_probs if value is not None))
 
 
-@dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A model with its parameters, and the tokenizer that it came with, if any."""
+    """A model with its parameters, and the tokenizer that it came with, if any.
 
-    config: ModelConfig
-    params: Params
-    tokenizer: Tokenizer | None
-    graph: nnx.GraphDef[NeoLM]
-    mesh: Mesh | None  # over which the parameters are spread; None: they lie on one device
-    _generators: dict[str, Generator] = dataclasses.field(default_factory=dict)
+    The parameters are there once: stacked over the layers, or, as soon as a text is written,
+    layer by layer, as writing reads them; logits, scores and vectors come from either.
+    `weight_dtype` is the one that texts are written with where nothing else is asked;
+    "int8" keeps no other weights, and answers everything with those.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer | None,
+        graph: nnx.GraphDef[NeoLM],
+        mesh: Mesh | None,
+        *,
+        weight_dtype: str = "auto",
+    ):
+        """Takes the parameters over.
+
+        Args:
+          config: the model's.
+          params: stacked; the tree is emptied when the first text is written.
+          tokenizer: None where there is none.
+          graph: the model's structure.
+          mesh: over which the parameters are spread; None: they lie on one device.
+          weight_dtype: "auto" or "int8".
+        """
+        self.config, self.tokenizer, self.graph, self.mesh = config, tokenizer, graph, mesh
+        self.weight_dtype = weight_dtype
+        self._stacked: Params | None = params
+        self._generators: dict[str, Generator] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+        if weight_dtype != "auto":
+            self._generators[weight_dtype] = self._make(weight_dtype)
+
+    @property
+    def params(self) -> Params:
+        """The parameters, stacked over the layers; put together anew once a text is written.
+
+        Raises:
+          ConfigError: the model was loaded in int8.
+        """
+        if self._stacked is not None:
+            return jax.tree.map(lambda leaf: leaf, self._stacked)  # another tree, same arrays
+        if self.weight_dtype != "auto":
+            raise ConfigError(f"weight_dtype={self.weight_dtype!r} keeps no other parameters.")
+        places = jax.tree.map(
+            lambda leaf: leaf.sharding, hf.abstract_params(self.config, mesh=self.mesh)
+        )
+        stack = jax.jit(network.stacked, out_shardings=None if self.mesh is None else places)
+        return stack(self._generators["auto"].params)
 
     def logits(self, ids: np.typing.ArrayLike) -> Float[Array, "batch seq vocab"]:
         """Scores of the token after each one, float32.
@@ -93,7 +137,7 @@ class LanguageModel:
                 f"ids reach from {ids.min()} to {ids.max()}; the vocabulary has "
                 f"0 … {self.config.vocab_size - 1}."
             )
-        return self._run(self._all_logits, ids.astype(np.int32))
+        return self._run(scoring.logits, ids.astype(np.int32))[:, : ids.shape[1]]
 
     def generate(
         self,
@@ -138,12 +182,30 @@ class LanguageModel:
 
     def generator(self, options: Options) -> Generator:
         """The model made ready to write, once for each `weight_dtype`."""
-        kind = options.weight_dtype
+        kind = self.weight_dtype if options.weight_dtype == "auto" else options.weight_dtype
         if kind not in self._generators:
-            self._generators[kind] = Generator(
-                self.config, self.graph, self.params, self.tokenizer, weight_dtype=kind
-            )
+            self._generators[kind] = self._make(kind)
         return self._generators[kind]
+
+    def _make(self, kind: str) -> Generator:
+        """Makes a generator of the parameters, in place of them if it is the model's own."""
+        if self._stacked is None:
+            ready = self._generators["auto"]
+            return Generator(
+                self.config, ready.graph, ready.params, self.tokenizer, weight_dtype=kind
+            )
+        is_last = kind == self.weight_dtype
+        params = self._stacked
+        if is_last:
+            self._stacked = None
+        return Generator(
+            self.config,
+            self.graph,
+            params,
+            self.tokenizer,
+            weight_dtype=kind,
+            keep_params=not is_last,
+        )
 
     def score(self, texts: Prompts, *, from_start: bool = False) -> list[Scored]:
         """The model's log-probability of every token of each text.
@@ -160,7 +222,7 @@ class LanguageModel:
         before = [self._end_of_text()] if from_start else []
         read = [before + one for one in ids]
         log_probs = self._in_batches(
-            read, lambda rows, _: self._run(self._token_log_probs, rows)
+            read, lambda rows, _: self._run(scoring.token_log_probs, rows)
         )
         first: list[float | None] = [] if from_start else [None]
         return [
@@ -185,8 +247,9 @@ class LanguageModel:
         ids = self.token_ids(texts, None)
         if not all(ids):
             raise ConfigError(f"text {ids.index([])} is empty; there is nothing to embed.")
-        pooled = jax.jit(functools.partial(scoring.pooled, self.graph, pooling=pooling))
-        vectors = self._in_batches(ids, lambda rows, length: self._run(pooled, rows, length))
+        vectors = self._in_batches(
+            ids, lambda *arrays: self._run(scoring.pooled, *arrays, pooling=pooling)
+        )
         return np.stack(vectors)
 
     def token_ids(
@@ -228,28 +291,42 @@ class LanguageModel:
             raise ConfigError("from_start needs a tokenizer, which names the end of text.")
         return end
 
-    @functools.cached_property
-    def _all_logits(self) -> Callable[..., jax.Array]:
-        return jax.jit(lambda params, ids: nnx.merge(self.graph, params).logits(ids))
+    def _run(
+        self, function: Callable[..., jax.Array], *arrays: np.ndarray, **options: str
+    ) -> jax.Array:
+        """A function of graph, parameters and of arrays with as many rows, on their mesh.
 
-    @functools.cached_property
-    def _token_log_probs(self) -> Callable[..., jax.Array]:
-        return jax.jit(functools.partial(scoring.token_log_probs, self.graph))
+        The last row is repeated until the mesh's devices can share the rows evenly, and the
+        first array's rows are filled up until those of the context axis can share them.
 
-    def _run(self, function: Callable[..., jax.Array], *arrays: np.ndarray) -> jax.Array:
-        """A function of parameters and of arrays with as many rows, on the model's mesh.
-
-        The last row is repeated until the mesh's devices can share the rows evenly.
+        Raises:
+          ConfigError: the context axis does not divide the model's positions.
         """
-        if self.mesh is None:
-            return function(self.params, *arrays)
-        count = len(arrays[0])
-        extra = -count % math.prod(
-            self.mesh.shape[axis] for axis in sharding.TABLE["batch"] or ()
-        )
-        with jax.set_mesh(self.mesh):
-            return function(
-                self.params, *(np.concatenate([a, a[-1:].repeat(extra, 0)]) for a in arrays)
+        graph: nnx.GraphDef[Any] = self.graph
+        params, mesh = self._stacked, self.mesh
+        if params is None:
+            ready = self._generators[self.weight_dtype]
+            graph, params, mesh = ready.graph, ready.params, ready.mesh
+        key = (function, self._stacked is None, *options.values())
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(functools.partial(function, graph, **options))
+        run = functools.partial(self._compiled[key], params)
+        if mesh is None:
+            return run(*arrays)
+        count, length = arrays[0].shape
+        split = mesh.shape["context"]
+        if length % split:
+            if self.config.max_seq_len % split:
+                raise ConfigError(
+                    f"mesh.context={split} does not divide the model's "
+                    f"{self.config.max_seq_len} positions; load it with another mesh."
+                )
+            longer = np.pad(arrays[0], [(0, 0), (0, -length % split)])
+            arrays = (longer, *arrays[1:])
+        rows = math.prod(mesh.shape[axis] for axis in sharding.TABLE["batch"] or ())
+        with jax.set_mesh(mesh):
+            return run(
+                *(np.concatenate([a, a[-1:].repeat(-count % rows, 0)]) for a in arrays)
             )[:count]
 
     def _in_batches(
@@ -288,7 +365,11 @@ class LanguageModel:
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    weight_dtype: str = "auto",
 ) -> LanguageModel:
     """A language model from a workdir, a directory of any kind, or a hub id.
 
@@ -297,11 +378,15 @@ def load(
         checkpoint with its config.json.
       dtype: of the parameters, such as "bfloat16"; left out, as they are stored.
       mesh: over which the parameters are spread; left out, all on the default device.
+      weight_dtype: "int8" keeps the weights in int8 only, which texts are then written and
+        scored with.
 
     Raises:
-      ConfigError: nothing is there that could be read; one line.
+      ConfigError: nothing is there that could be read, or an unknown weight_dtype; one line.
       ValueError: weights that do not fit their config.
     """
+    if weight_dtype not in ("auto", "int8"):
+        raise ConfigError(f"weight_dtype={weight_dtype!r} must be 'auto' or 'int8'.")
     folder = locate(source)
     model = read(folder, dtype=dtype, mesh=mesh)
     if model.head is not None:
@@ -310,7 +395,10 @@ def load(
             f"read it with neo_jax.hf.read."
         )
     graph, _ = state.model_graph(model.config)
-    return LanguageModel(model.config, model.params, find_tokenizer(folder), graph, mesh)
+    words = find_tokenizer(folder)
+    return LanguageModel(
+        model.config, model.params, words, graph, mesh, weight_dtype=weight_dtype
+    )
 
 
 def locate(source: str | os.PathLike[str]) -> pathlib.Path:

@@ -81,7 +81,7 @@ def export_decode_step(config: ModelConfig, platforms: tuple[str, ...] = PLATFOR
         ids: jax.Array,
         positions: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        decoder = Decoder(nnx.merge(graph, params), "auto")
+        decoder = Decoder(nnx.merge(graph, params))
         before = tuple(
             cache.LayerCache(key, value, None, None, window)
             for key, value, window in zip(keys, values, windows, strict=True)

@@ -1,6 +1,7 @@
 """`neo_jax.load`: one door for every kind of checkpoint, and what it refuses."""
 
 import dataclasses
+import gc
 import pathlib
 
 import jax
@@ -80,6 +81,46 @@ def test_a_mesh_answers_as_one_device(written, mesh):
     np.testing.assert_allclose(spread.embed(ids), whole.embed(ids), atol=1e-5)
     for ours, theirs in zip(spread.score(ids), whole.score(ids), strict=True):
         np.testing.assert_allclose(ours.log_probs[1:], theirs.log_probs[1:], atol=1e-5)
+
+
+def test_writing_keeps_the_weights_once(workdir, written):
+    def live() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    ids, before = [[1, 2, 3]], live()
+    model = neo_jax.load(written)
+    weights = state.num_bytes(model.params)
+    params = jax.tree.map(np.array, model.params)  # copies, which keep no array alive
+    logits = np.array(model.logits(ids))
+    model.generate(ids, max_new_tokens=3)
+    assert weights <= live() - before < 1.1 * weights
+    # What they were is there still.
+    np.testing.assert_allclose(model.logits(ids), logits, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    del model
+    small = neo_jax.load(written, weight_dtype="int8")
+    assert live() - before < 0.65 * weights  # of a model this small a third is tables
+    (text,) = small.generate(ids, max_new_tokens=3, logprobs=0)
+    (scored,) = small.score([ids[0] + text.token_ids])
+    np.testing.assert_allclose(scored.log_probs[3:], text.log_probs, atol=1e-4)
+    assert np.abs(small.logits(ids) - logits).max() > 1e-5
+    with pytest.raises(config.ConfigError, match="keeps no other parameters"):
+        _ = small.params
+    with pytest.raises(config.ConfigError, match="weight_dtype='int4' must be"):
+        neo_jax.load(written, weight_dtype="int4")
+
+
+def test_texts_of_any_length_are_scored_where_sequences_are_split(written):
+    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=1, tensor=2, context=2))
+    whole, spread = neo_jax.load(written), neo_jax.load(written, mesh=mesh)
+    ids = np.arange(21).reshape(3, 7)
+    np.testing.assert_allclose(spread.logits(ids), whole.logits(ids), atol=1e-5)
+    for texts in ([[5, 6, 7], [1] * 63], [[3] * 64]):
+        ours, theirs = spread.score(texts), whole.score(texts)
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one.log_probs[1:], other.log_probs[1:], atol=1e-5)
+    np.testing.assert_allclose(spread.embed(ids), whole.embed(ids), atol=1e-5)
 
 
 def test_dtype_of_every_kind(workdir, written):

@@ -75,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json is not None and os.path.exists(arguments.json):
             raise ConfigError(f"--json {arguments.json} exists; give another file.")
         model = pretrained.load(
-            arguments.checkpoint, dtype=arguments.dtype, mesh=_mesh(arguments.mesh)
+            arguments.checkpoint,
+            dtype=arguments.dtype,
+            mesh=_mesh(arguments.mesh),
+            weight_dtype=options.weight_dtype,
         )
         if prompts is None:
             _talk(model, options)

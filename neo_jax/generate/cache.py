@@ -261,8 +261,7 @@ def _put_by_row(into: Array, what: Array, *, axis: int, slot: Int[Array, " batch
     """
     what = jnp.moveaxis(what, 1, axis).astype(into.dtype)
     for row in range(slot.shape[0]):
-        at = [row, *[0] * (into.ndim - 1)]
-        at[axis] = slot[row]
+        at: list[Any] = [row, *[0] * (axis - 1), slot[row], *[0] * (into.ndim - 1 - axis)]
         into = jax.lax.dynamic_update_slice(into, what[row : row + 1], at)
     return into
 

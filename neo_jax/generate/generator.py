@@ -30,7 +30,6 @@ from neo_jax.generate.options import Options
 from neo_jax.generate.requests import Request, eos_id, power_of_two, require_words
 from neo_jax.generate.sampling import Rules
 from neo_jax.generate.text import Draft
-from neo_jax.model import NeoLM
 from neo_jax.state import Params
 from neo_jax.tokenizer import Tokenizer
 
@@ -63,19 +62,32 @@ class Generator:
     def __init__(
         self,
         config: ModelConfig,
-        graph: nnx.GraphDef[NeoLM],
+        graph: nnx.GraphDef[Any],
         params: Params,
         words: Tokenizer | None,
         *,
         weight_dtype: str = "auto",
+        keep_params: bool = True,
     ):
+        """Makes the parameters ready; see `network.prepare`.
+
+        Args:
+          config: the model's.
+          graph: its structure, or another generator's.
+          params: its parameters, or the other generator's; emptied unless `keep_params`.
+          words: its tokenizer.
+          weight_dtype: "auto" or "int8".
+          keep_params: False where nobody else needs them, which saves their memory.
+        """
         self.config, self.words = config, words
         self.eos_id = eos_id(config, words)
         self.mesh = _decoding_mesh(params)
         with jax.set_mesh(self.mesh):
-            moved = _move(params, self.mesh)
-            self.graph, params = network.prepare(graph, moved, config, weight_dtype)
-        self._params_by_stretch = {1: params}
+            params = _move(params, self.mesh, keep=keep_params)
+            self.graph, self.params = network.prepare(
+                graph, params, config, weight_dtype, keep=keep_params
+            )
+        self._params_by_stretch = {1: self.params}
         self.rows_multiple = math.prod(
             self.mesh.shape[axis] for axis in sharding.TABLE["batch"] or ()
         )
@@ -477,12 +489,17 @@ def _decoding_mesh(params: Params) -> Mesh:
     return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
-def _move(params: Params, mesh: Mesh) -> Params:
-    """The parameters on a mesh of the same devices, split as they are."""
+def _move(params: Params, mesh: Mesh, *, keep: bool) -> Params:
+    """The parameters on a mesh of the same devices, split as they are.
 
-    def move(leaf: jax.Array) -> jax.Array:
-        if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh == mesh:
-            return leaf
-        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
-
-    return jax.tree.map(move, params)
+    The tree is the same one, and changed, unless it is to be kept.
+    """
+    moved: Params = {} if keep else params
+    for name, leaf in list(params.items()):
+        if isinstance(leaf, dict):
+            moved[name] = _move(leaf, mesh, keep=keep)
+        elif isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh != mesh:
+            moved[name] = jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+        else:
+            moved[name] = leaf
+    return moved

@@ -9,6 +9,11 @@ Shapes: B batch, T position, D embed, V vocab (padded).
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -24,7 +29,7 @@ from neo_jax.state import Params
 class Decoder(nnx.Module):
     """A `NeoLM` that continues texts: new tokens enter, the earlier ones are in the caches."""
 
-    def __init__(self, model: NeoLM, weight_dtype: str):
+    def __init__(self, model: NeoLM):
         self.config: ModelConfig = model.config
         self.embedder = model.embedder
         graph, weights = nnx.split(model.blocks)
@@ -33,16 +38,27 @@ class Decoder(nnx.Module):
             for i in range(model.config.num_layers)
         )
         self.ln_f = model.ln_f
-        is_int8 = weight_dtype == "int8"
-        self.int8_head = quantise.quantised_head(model.head) if is_int8 else None
-        self.untied_head = None if is_int8 else model.untied_head
-        if is_int8:
-            for block in self.blocks:
-                for owner, name in (
-                    *((block.attention, name) for name in ("query", "key", "value", "out")),
-                    *((block.mlp, name) for name in ("up", "down")),
-                ):
-                    setattr(owner, name, quantise.quantised(getattr(owner, name)))
+        self.untied_head = model.untied_head
+        self.int8_head: quantise.Int8Linear | None = None
+
+    def to_int8(self) -> None:
+        """Turns its kernels and the head into int8."""
+        head = self.embedder.embedding if self.untied_head is None else self.untied_head
+        self.int8_head = nnx.data(quantise.quantised_head(head[...]))
+        self.untied_head = None
+        for block in self.blocks:
+            for owner, name in (
+                *((block.attention, name) for name in ("query", "key", "value", "out")),
+                *((block.mlp, name) for name in ("up", "down")),
+            ):
+                setattr(owner, name, quantise.quantised(getattr(owner, name)))
+
+    def whole(self, ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+        """Final, normalised hidden states of whole texts, as `NeoLM.hidden` gives them."""
+        x_BTD = self.embedder(ids, None)
+        for block, attention_type in zip(self.blocks, self.config.layer_types, strict=True):
+            x_BTD = block(x_BTD, attention_type)
+        return self.ln_f(x_BTD)
 
     def hidden(
         self,
@@ -86,30 +102,105 @@ class Decoder(nnx.Module):
 
 
 def prepare(
-    graph: nnx.GraphDef[NeoLM], params: Params, config: ModelConfig, weight_dtype: str
+    graph: nnx.GraphDef[Any],
+    params: Params,
+    config: ModelConfig,
+    weight_dtype: str,
+    *,
+    keep: bool,
 ) -> tuple[nnx.GraphDef[Decoder], Params]:
     """The decoder of a model: its structure, and its parameters on their devices.
 
     Kernels and tables are cast to the type of the activations once, here, or with
     `weight_dtype` "int8" the kernels to int8.
+
+    Args:
+      graph: the structure of a NeoLM, or of a Decoder with floating weights.
+      params: its parameters.
+      config: the model's.
+      weight_dtype: "auto" or "int8".
+      keep: False empties the tree `params` as its weights are taken out, so that no more
+        than one of them is there twice.
     """
-    kind = compute_dtype(config)
+    is_int8, dtype = weight_dtype == "int8", compute_dtype(config)
+    if not is_in_layers(params):
+        # int8 is made from the weights as they are, not as rounded once already.
+        into = None if is_int8 else dtype
+        graph, params = _in_layers(graph, params, config.num_layers, into, keep=keep)
+    if not is_int8:
+        return graph, params
 
     def build(params: Params) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
-        decoder = Decoder(nnx.merge(graph, params), weight_dtype)
-        graph_of_decoder, state = nnx.split(decoder)
-        return graph_of_decoder, state
+        decoder = nnx.merge(graph, params)
+        decoder.to_int8()
+        graph_in_int8, state = nnx.split(decoder)
+        return graph_in_int8, state
 
-    def cast(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.Array) -> jax.Array:
-        names = jax.tree_util.keystr(path, simple=True, separator=".")
-        stays = leaf.dtype == jnp.int8 or names.endswith("scale") or ".ln_" in f".{names}"
-        return leaf if stays else leaf.astype(kind)
+    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
+        names = [str(key.key) for key in path]
+        stays = leaf.dtype == jnp.int8 or names[-1] == "scale"
+        return leaf if stays else leaf.astype(_kind(names, leaf, dtype))
 
     @jax.jit
     def weights(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(cast, nnx.to_pure_dict(build(params)[1]))
 
     return jax.eval_shape(build, params)[0], weights(params)
+
+
+def is_in_layers(params: Params) -> bool:
+    """Whether parameters are a decoder's, and not a model's with stacked layers."""
+    return 0 in params["blocks"]
+
+
+def stacked(params: Params) -> Params:
+    """A model's parameters from those of its decoder with floating weights."""
+    layers = [params["blocks"][i] for i in range(len(params["blocks"]))]
+    return {**params, "blocks": jax.tree.map(lambda *each: jnp.stack(each), *layers)}
+
+
+def _in_layers(
+    graph: nnx.GraphDef[NeoLM],
+    params: Params,
+    num_layers: int,
+    dtype: jnp.dtype | None,
+    *,
+    keep: bool,
+) -> tuple[nnx.GraphDef[Decoder], Params]:
+    def build(params: Params) -> nnx.GraphDef[Decoder]:
+        return nnx.split(Decoder(nnx.merge(graph, params)))[0]
+
+    decoder_graph = jax.eval_shape(build, params)
+    layers: dict[int, Params] = {i: {} for i in range(num_layers)}
+    rest: Params = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        *modules, name = (key.key for key in path)
+        owner = functools.reduce(operator.getitem, modules, params)
+        leaf = owner[name] if keep else owner.pop(name)
+        kind = _kind(modules, leaf, dtype)
+        if modules[:1] == ["blocks"]:
+            targets, parts, modules = list(layers.values()), _split(leaf, kind), modules[1:]
+        else:
+            targets, parts = [rest], [leaf.astype(kind)]
+        del leaf
+        for target, part in zip(targets, parts, strict=True):
+            for module in modules:
+                target = target.setdefault(module, {})
+            target[name] = part
+    return decoder_graph, {**rest, "blocks": layers}
+
+
+def _kind(names: Sequence[str], leaf: jax.Array, dtype: jnp.dtype | None) -> jnp.dtype:
+    """The type that decoding keeps a weight in: LayerNorms stay as they are."""
+    if dtype is None or any(name.startswith("ln_") for name in names):
+        return leaf.dtype
+    return dtype
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(leaf: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """One array a layer."""
+    return [leaf[i].astype(dtype) for i in range(leaf.shape[0])]
 
 
 def stretch_positions(params: Params, factor: int) -> Params:
