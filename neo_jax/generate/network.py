@@ -107,7 +107,7 @@ def prepare(
     config: ModelConfig,
     weight_dtype: str,
     *,
-    keep: bool,
+    keep: bool = True,
 ) -> tuple[nnx.GraphDef[Decoder], Params]:
     """The decoder of a model: its structure, and its parameters on their devices.
 
