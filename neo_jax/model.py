@@ -22,7 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from neo_jax import attention
+from neo_jax import attention, int8, lora
 from neo_jax.activations import ACTIVATIONS
 from neo_jax.config import REMAT_TENSORS, ModelConfig
 from neo_jax.sharding import constrain, target
@@ -126,17 +126,32 @@ class Linear(nnx.Module):
         config: ModelConfig,
         rngs: nnx.Rngs,
         *,
+        name: str,
         equation: str,
         std: float,
         sizes: dict[str, int],
         bias: str | None = None,
     ):
         self.equation = equation
-        self.kernel = _normal(config, rngs, std, tuple(sizes), tuple(sizes.values()))
+        kernel = _normal(config, rngs, std, tuple(sizes), tuple(sizes.values()))
+        scale: nnx.Param | None = None
+        if config.kernel_dtype == "int8":
+            kernel, scale = _in_int8(kernel, equation)
+        self.kernel, self.kernel_scale = kernel, scale
         self.bias = None if bias is None else _param(config, jnp.zeros(sizes[bias]), (bias,))
+        adapted = config.lora_rank and name in config.lora_targets
+        self.adapter = (
+            lora.Adapter(config, rngs, name=name, equation=equation, sizes=sizes)
+            if adapted
+            else None
+        )
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, dropout_keys: lora.RowKeys | None = None) -> Array:
         y = product(self.equation, x, self.kernel[...].astype(x.dtype))
+        if self.kernel_scale is not None:
+            y = y * self.kernel_scale[...].astype(x.dtype)
+        if self.adapter is not None:
+            y = y + self.adapter(x, dropout_keys)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -148,6 +163,19 @@ def product(equation: str, x: Array, kernel: Array, **options: Any) -> Array:
     # as reading the kernel takes; of several, it goes to the matrix unit.
     rows = jnp.pad(x, [(0, 0), (0, SUBLANES - 1), *[(0, 0)] * (x.ndim - 2)])
     return jnp.einsum(equation, rows, kernel, **options)[:, :1]
+
+
+def _in_int8(kernel: nnx.Param, equation: str) -> tuple[nnx.Param, nnx.Param]:
+    """A kernel's values, and the scales of its output channels."""
+    _, letters, out = equation.replace("->", ",").split(",")
+    summed = [i for i, letter in enumerate(letters) if letter not in out]
+    names = kernel.get_metadata()["out_sharding"]
+    values, scale = int8.quantise(kernel[...], summed)
+    rest = tuple(name for i, name in enumerate(names) if i not in summed)
+    return (
+        nnx.Param(values, out_sharding=names, eager_sharding=False),
+        nnx.Param(scale, out_sharding=rest, eager_sharding=False),
+    )
 
 
 @runtime_checkable
@@ -177,12 +205,13 @@ class Attention(nnx.Module):
         into_heads = functools.partial(
             Linear, config, rngs, equation="BTD,DNH->BTNH", sizes=sizes
         )
-        self.query = into_heads(std=std["query"])
-        self.key = into_heads(std=std["key"])
-        self.value = into_heads(std=std["value"])
+        self.query = into_heads(name="query", std=std["query"])
+        self.key = into_heads(name="key", std=std["key"])
+        self.value = into_heads(name="value", std=std["value"])
         self.out = Linear(
             config,
             rngs,
+            name="out",
             # Heads are G here: einsum contracts in the order of the alphabet, and in another
             # order than the kernel's own it would copy the kernel first.
             equation="BTGH,GHD->BTD",
@@ -194,9 +223,13 @@ class Attention(nnx.Module):
         self.path = config.attention
 
     def __call__(
-        self, x: Hidden, attention_type: str, segment_ids: Ids | None = None
+        self,
+        x: Hidden,
+        attention_type: str,
+        segment_ids: Ids | None = None,
+        dropout_keys: lora.RowKeys | None = None,
     ) -> Hidden:
-        q_BTNH, k_BTNH, v_BTNH = self._heads(x)
+        q_BTNH, k_BTNH, v_BTNH = self._heads(x, dropout_keys)
         context_BTNH = attention.attend(
             q_BTNH,
             k_BTNH,
@@ -205,17 +238,19 @@ class Attention(nnx.Module):
             segment_ids=segment_ids,
             path=self.path,
         )
-        return checkpoint_name(self.out(context_BTNH), "attention_out")
+        return checkpoint_name(self.out(context_BTNH, dropout_keys), "attention_out")
 
     def remembering(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
         """Attends to what the memory holds, and to `x`, which it holds from then on."""
         context_BTNH, memory = memory.attend(*self._heads(x))
         return self.out(context_BTNH), memory
 
-    def _heads(self, x: Hidden) -> tuple[Array, ...]:
+    def _heads(self, x: Hidden, dropout_keys: lora.RowKeys | None = None) -> tuple[Array, ...]:
         projections = ("query", self.query), ("key", self.key), ("value", self.value)
         return tuple(
-            checkpoint_name(constrain(project(x), "batch", "seq", "heads", None), name)
+            checkpoint_name(
+                constrain(project(x, dropout_keys), "batch", "seq", "heads", None), name
+            )
             for name, project in projections
         )
 
@@ -229,6 +264,7 @@ class MLP(nnx.Module):
         self.up = Linear(
             config,
             rngs,
+            name="up",
             equation="BTD,DF->BTF",
             std=std["up"],
             sizes={"embed": D, "mlp": F},
@@ -237,6 +273,7 @@ class MLP(nnx.Module):
         self.down = Linear(
             config,
             rngs,
+            name="down",
             equation="BTF,FD->BTD",
             std=std["down"],
             sizes={"mlp": F, "embed": D},
@@ -244,9 +281,10 @@ class MLP(nnx.Module):
         )
         self.activation = config.activation
 
-    def __call__(self, x: Hidden) -> Hidden:
-        h_BTF = checkpoint_name(constrain(self.up(x), "batch", "seq", "mlp"), "mlp_up")
-        return self.down(ACTIVATIONS[self.activation](h_BTF))
+    def __call__(self, x: Hidden, dropout_keys: lora.RowKeys | None = None) -> Hidden:
+        h_BTF = constrain(self.up(x, dropout_keys), "batch", "seq", "mlp")
+        h_BTF = checkpoint_name(h_BTF, "mlp_up")
+        return self.down(ACTIVATIONS[self.activation](h_BTF), dropout_keys)
 
 
 class Block(nnx.Module):
@@ -259,11 +297,15 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: Hidden, attention_type: str, segment_ids: Ids | None = None
+        self,
+        x: Hidden,
+        attention_type: str,
+        segment_ids: Ids | None = None,
+        dropout_keys: lora.RowKeys | None = None,
     ) -> Hidden:
         x = constrain(x, "batch", "seq", None)
-        x = x + self.attention(self.ln_1(x), attention_type, segment_ids)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attention(self.ln_1(x), attention_type, segment_ids, dropout_keys)
+        return x + self.mlp(self.ln_2(x), dropout_keys)
 
     def remembering(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
         """The same layer where earlier tokens are in its memory instead of in `x`."""
@@ -323,7 +365,12 @@ class NeoLM(nnx.Module):
         )
 
     def hidden(
-        self, ids: Ids, *, positions: Ids | None = None, segment_ids: Ids | None = None
+        self,
+        ids: Ids,
+        *,
+        positions: Ids | None = None,
+        segment_ids: Ids | None = None,
+        dropout_keys: lora.RowKeys | None = None,
     ) -> Hidden:
         """Final, normalised hidden states.
 
@@ -331,13 +378,14 @@ class NeoLM(nnx.Module):
           ids: token ids, at most `max_seq_len` of them in a row.
           positions: row of the position table for each token; left out: 0, 1, 2, …
           segment_ids: tokens attend only within their own segment; padding may be one too.
+          dropout_keys: of the adapters' dropout; left out, nothing is dropped.
         """
         if ids.shape[1] > self.config.max_seq_len:
             raise ValueError(
                 f"{ids.shape[1]} tokens exceed model.max_seq_len={self.config.max_seq_len}."
             )
         x = self.embedder(ids, positions)
-        return self.ln_f(self._run_blocks(x, segment_ids))
+        return self.ln_f(self._run_blocks(x, segment_ids, dropout_keys))
 
     def logits(
         self, ids: Ids, *, positions: Ids | None = None, segment_ids: Ids | None = None
@@ -357,17 +405,25 @@ class NeoLM(nnx.Module):
         head = self.embedder.embedding if self.untied_head is None else self.untied_head
         return head[...]
 
-    def _run_blocks(self, x: Hidden, segment_ids: Ids | None) -> Hidden:
+    def _run_blocks(
+        self, x: Hidden, segment_ids: Ids | None, dropout_keys: lora.RowKeys | None
+    ) -> Hidden:
         config = self.config
         period = len(config.attention_types)
         graph, weights = nnx.split(self.blocks)
 
-        def run_period(x: Hidden, weights_of_period: nnx.State) -> tuple[Hidden, None]:
+        def run_period(
+            x: Hidden, of_period: tuple[nnx.State, Array | None]
+        ) -> tuple[Hidden, None]:
+            weights_of_period, number = of_period
             for i, attention_type in enumerate(config.attention_types):
                 if i:  # before the first it is the loop's own, and kept by it
                     x = checkpoint_name(x, "residual")
                 one_layer = jax.tree.map(lambda w, i=i: w[i], weights_of_period)
-                x = nnx.merge(graph, one_layer)(x, attention_type, segment_ids)
+                keys = dropout_keys
+                if keys is not None and number is not None:
+                    keys = lora.layer_keys(keys, number * period + i)
+                x = nnx.merge(graph, one_layer)(x, attention_type, segment_ids, keys)
             return x, None
 
         if config.remat != "none":
@@ -379,8 +435,10 @@ class NeoLM(nnx.Module):
             )
         # [layers, …] → [periods, period, …]: the layout of checkpoints knows no period.
         weights = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), weights)
+        count = config.num_layers // period
+        numbers = None if dropout_keys is None else jnp.arange(count)
         if config.scan_layers:
-            return jax.lax.scan(run_period, x, weights)[0]
-        for i in range(config.num_layers // period):
-            x, _ = run_period(x, jax.tree.map(lambda w, i=i: w[i], weights))
+            return jax.lax.scan(run_period, x, (weights, numbers))[0]
+        for i in range(count):
+            x, _ = run_period(x, jax.tree.map(lambda w, i=i: w[i], (weights, numbers)))
         return x

@@ -36,6 +36,7 @@ TABLE: Mapping[str, tuple[str, ...] | None] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "positions": None,
+    "rank": None,
 }
 
 

@@ -20,8 +20,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Num
 
+from neo_jax import lora, optimizer, sharding, trainable, xla_flags
 from neo_jax import loss as loss_lib
-from neo_jax import optimizer, sharding, trainable, xla_flags
 from neo_jax.checkpoint import Checkpointer
 from neo_jax.config import Config
 from neo_jax.data.pipeline import Pipeline
@@ -35,6 +35,7 @@ Graph = nnx.GraphDef[NeoLM]
 # isolated also segment_ids and positions, int32 [batch, seq]. Tasks with examples instead of
 # text have arrays of their own, whose first dimension is the batch, too.
 Batch = Mapping[str, Array]
+DROPOUT = "dropout_keys"  # of a batch: uint32 [batch, 2]; only while training drops something
 Metrics = dict[str, Num[Array, ""]]
 
 
@@ -54,6 +55,7 @@ def next_token_loss(model: NeoLM, config: Config, batch: Batch) -> loss_lib.Loss
         batch["inputs"],
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
+        dropout_keys=batch.get(DROPOUT),
     )
     return loss_lib.cross_entropy(
         hidden,
@@ -93,7 +95,8 @@ def compute_params(params: Params, born: nnx.State, config: Config) -> Params:
 
     def cast(path: Any, x: Array) -> Array:
         keys = [key.key for key in path]
-        return x.astype(dtype) if (keys[0], keys[-1]) == ("blocks", "kernel") else x
+        is_kernel = (keys[0], keys[-1]) == ("blocks", "kernel") and x.dtype != jnp.int8
+        return x.astype(dtype) if is_kernel else x
 
     cast_params = jax.tree_util.tree_map_with_path(cast, params)
     where_they_lie = sharding.constrain_params(cast_params, born, gathered=False)
@@ -189,6 +192,9 @@ def train_step(
       `grad_norm` (before clipping), `learning_rate` (of this update), and the counters of
       `optimizer.Spikes`.
     """
+    if config.model.lora_dropout:
+        rows = batch["weights"].shape[0]
+        batch = {**batch, DROPOUT: lora.row_keys(config.train.seed, state.step, rows)}
     grads, losses = gradients(state.params, graph, config, batch, loss, frozen)
     grad_norm = optimizer.global_norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, grad_norm=grad_norm)

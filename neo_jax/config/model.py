@@ -40,6 +40,9 @@ Activation = Literal[
 ]
 
 
+LINEARS = ("query", "key", "value", "out", "up", "down")  # of a layer
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT-Neo and how it is computed.
@@ -75,6 +78,14 @@ class ModelConfig:
     remat: Literal["none", "full", "minimal", "custom"] = "none"
     remat_save: tuple[str, ...] = ()
     remat_offload: tuple[str, ...] = ()
+    # Adapters beside the kernels of some Linears, see lora.py; rank 0: there are none.
+    lora_rank: int = 0
+    lora_alpha: float = 16.0  # what they add is scaled by alpha / rank
+    lora_dropout: float = 0.0  # share of their inputs that training drops
+    # query, key, value, out, up, down
+    lora_targets: tuple[str, ...] = ("query", "value")
+    # "int8": kernels of the layers, which then cannot be learned, one byte a weight.
+    kernel_dtype: Literal["param", "int8"] = "param"
 
     def __post_init__(self) -> None:
         if self.mlp_dim == 0:
@@ -87,6 +98,7 @@ class ModelConfig:
             "max_seq_len layer_norm_eps",
         )
         self._check_remat()
+        self._check_lora()
         if self.embed_dim % self.num_heads:
             near = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             near = sorted(sorted(near, key=lambda n: abs(n - self.num_heads))[:4])
@@ -115,6 +127,25 @@ class ModelConfig:
                 f"model.remat={self.remat!r} with model.remat_save={list(self.remat_save)} "
                 f"and model.remat_offload={list(self.remat_offload)}: names of tensors go "
                 f"with model.remat='custom', and only with it."
+            )
+
+    def _check_lora(self) -> None:
+        if self.lora_rank < 0:
+            raise ConfigError(f"model.lora_rank={self.lora_rank} must not be negative.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"model.lora_dropout={self.lora_dropout} must be at least 0 and below 1."
+            )
+        require_positive(self, "model", "lora_alpha")
+        for name in self.lora_targets:
+            if name not in LINEARS:
+                raise ConfigError(
+                    f"model.lora_targets: {name!r} is unknown{did_you_mean(name, LINEARS)}; "
+                    f"there are {', '.join(LINEARS)}."
+                )
+        if self.lora_rank and not self.lora_targets:
+            raise ConfigError(
+                f"model.lora_rank={self.lora_rank} with no model.lora_targets adapts nothing."
             )
 
     def _smallest_period(self) -> tuple[str, ...]:

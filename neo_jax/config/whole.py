@@ -42,6 +42,16 @@ class Config:
                 f"model.max_seq_len={self.model.max_seq_len} positions; "
                 f"lower data.seq_len to {self.model.max_seq_len} or raise model.max_seq_len."
             )
+        if (self.finetune.trainable == "lora") != bool(self.model.lora_rank):
+            raise ConfigError(
+                f"finetune.trainable={self.finetune.trainable!r} with model.lora_rank="
+                f"{self.model.lora_rank}: a rank goes with 'lora', and only with it."
+            )
+        if self.model.kernel_dtype == "int8" and self.finetune.trainable != "lora":
+            raise ConfigError(
+                f"model.kernel_dtype='int8' cannot be learned; set finetune.trainable='lora', "
+                f"not {self.finetune.trainable!r}."
+            )
         if self.data.batch_size % self.train.accumulation_steps:
             raise ConfigError(
                 f"train.accumulation_steps={self.train.accumulation_steps} does not divide "

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from flax import traverse_util
 
-from neo_jax import pretrained, state, tokenizer, trainable
+from neo_jax import lora, pretrained, state, tokenizer, trainable
 from neo_jax.checkpoint.restoring import tell
 from neo_jax.config import Config, ConfigError
 from neo_jax.run import Run, keep_tokenizer, load_tokenizer
@@ -24,6 +24,7 @@ from neo_jax.watch import Preemption
 _OF_THE_RUN = (
     *("param_dtype", "compute_dtype", "attention", "scan_layers"),
     *("remat", "remat_save", "remat_offload"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "kernel_dtype"),
 )
 
 
@@ -100,7 +101,10 @@ class Tuning(Run):
         model = pretrained.read(
             self.source, dtype=self.config.model.param_dtype, mesh=self.mesh
         )
-        return model.params
+        if self.config.model.kernel_dtype == "param":
+            return model.params
+        like = state.abstract_params(self.config.model, self.mesh)
+        return lora.with_int8_kernels(model.params, like)
 
     def _locate(self, config: Config) -> pathlib.Path | None:
         if config.train.init_from is not None:
