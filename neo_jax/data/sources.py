@@ -220,6 +220,9 @@ class FileSource:
         self._config = config
         self._subsets = subsets  # of The Pile; None: no rows carry a subset's name
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # units, which workers read, name their own
+
     def units(self) -> list[Unit]:
         """See `Source`: parts of large files, and small files together."""
         unit_bytes = min(max(self.num_bytes // _UNITS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
