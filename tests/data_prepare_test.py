@@ -19,7 +19,7 @@ import pytest
 from neo_jax import prepare as command
 from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError, DataConfig
-from neo_jax.data import output_folder, pipeline, show, sources, store
+from neo_jax.data import output_folder, pipeline, show, sources, store, units
 from neo_jax.data import prepare as preparing
 
 
@@ -35,7 +35,7 @@ def quick(monkeypatch, gpt2):
     monkeypatch.setattr(
         tokenizers, "load", lambda name: gpt2 if name == "gpt2" else load(name)
     )
-    monkeypatch.setattr(sources, "_MIN_UNIT_BYTES", 100_000)
+    monkeypatch.setattr(units, "_MIN_BYTES", 100_000)
 
 
 @pytest.fixture(scope="module")
