@@ -28,9 +28,10 @@ _EXAMPLES = """examples:
   python -m neo_jax.convert --source runs/mine --output mine_hf --format hf --verify
   python -m neo_jax.convert --source GPT3_XL --output xl_hf --format hf --dtype float32
   python -m neo_jax.convert --source runs/mine --output mine_hlo --format stablehlo
+  python -m neo_jax.convert --source runs/lora --output adapter --format peft
 """
 
-FORMATS = ("hf", "orbax", "stablehlo")
+FORMATS = ("hf", "orbax", "stablehlo", "peft")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,6 +101,11 @@ def convert(
     if format == "stablehlo":
         stablehlo.require_exporter()
     folder = pretrained.locate(source)
+    if format == "peft":
+        learned, shape, base = pretrained.read_learned_adapters(folder)
+        hf.write_adapter(learned, shape, base, output)
+        print(f"wrote {output}: adapters of rank {shape.lora_rank} for {base}")
+        return
     model = pretrained.read(folder, dtype=dtype)
     if model.head is not None and format != "hf":
         raise ConfigError(

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from neo_jax import lora, sharding, state, tokenizer, train, trainable
 from neo_jax import run as run_lib
-from neo_jax import sharding, tokenizer, train, trainable
 from neo_jax.config import Config, ConfigError
 from neo_jax.data import pipeline, sources
 from neo_jax.data.pipeline import Pipeline
@@ -144,9 +144,9 @@ class Pretraining(Run):
             eos_token_id=(),  # a document's end is shown, and does not end the sample
             seed=self.config.train.seed,
         )
-        generator = Generator(
-            self.config.model, self.graph, self.whole(params), self.tokenizer
-        )
+        merged, plain = lora.merge(self.whole(params), self.config.model)
+        graph, _ = state.model_graph(plain)
+        generator = Generator(plain, graph, merged, self.tokenizer)
         (written,) = generator.write([prompt], options)
         return self.tokenizer.decode(prompt[1:] + written.token_ids)
 

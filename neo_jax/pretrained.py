@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -21,9 +23,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from neo_jax import checkpoint, hf, mtf, sharding, state, tokenizer
+from neo_jax import checkpoint, hf, lora, mtf, sharding, state, tokenizer, trainable
 from neo_jax import config as config_lib
-from neo_jax.config import ConfigError, MeshConfig, ModelConfig
+from neo_jax.checkpoint import digests
+from neo_jax.config import Config, ConfigError, FinetuneConfig, MeshConfig, ModelConfig
 from neo_jax.generate import (
     Generator,
     Options,
@@ -407,7 +410,7 @@ def locate(source: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       ConfigError: nothing of that name is there, nor within reach.
     """
-    if is_workdir(source) or mtf.is_checkpoint(source):
+    if is_workdir(source) or mtf.is_checkpoint(source) or hf.is_adapter(source):
         return pathlib.Path(source)
     return hf.resolve(source)
 
@@ -418,6 +421,8 @@ def read(
     """Config and parameters of any checkpoint. Args and errors as `load`."""
     if is_workdir(source):
         return _read_workdir(pathlib.Path(source), dtype, mesh)
+    if hf.is_adapter(source):
+        return _read_adapter(pathlib.Path(source), dtype, mesh)
     if mtf.is_checkpoint(source):
         return mtf.read(source, dtype=dtype, mesh=mesh)
     return hf.read(source, dtype=dtype, mesh=mesh)
@@ -427,7 +432,9 @@ def model_config(source: str | os.PathLike[str]) -> ModelConfig:
     """The shape of any checkpoint's model, without reading its weights. Errors as `load`."""
     folder = locate(source)
     if is_workdir(folder):
-        return _config_of_workdir(folder)
+        return _plain(_config_of_workdir(folder).model)
+    if hf.is_adapter(folder):
+        return model_config(hf.adapter_base(folder))
     if mtf.is_checkpoint(folder):
         prefix = mtf.checkpoint_prefix(folder)
         return mtf.config_from_mtf(hf.read_json(prefix.parent / "config.json"))
@@ -447,20 +454,120 @@ def find_tokenizer(checkpoint: pathlib.Path) -> Tokenizer | None:
         return None
 
 
+def fingerprint(folder: pathlib.Path) -> str:
+    """What tells a checkpoint from others: a digest of its files' names, sizes and ends."""
+    if is_workdir(folder):
+        newest = max((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+        files = [newest / digests.FILE_NAME]
+    else:
+        kinds = ("*.safetensors", "*.bin", "*.index", "*.data-*")
+        files = sorted(path for kind in kinds for path in folder.glob(kind))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    return digest.hexdigest()[:16]
+
+
+_ENDS = 1 << 16  # bytes
+BASE_FILE = "base.json"  # of a workdir: which checkpoint its frozen parameters are from
+
+
+def check_base(workdir: pathlib.Path, base: pathlib.Path) -> None:
+    """Refuses another checkpoint than the one whose frozen parameters a run was made beside.
+
+    Raises:
+      ConfigError: it is another one, or has changed.
+    """
+    path = workdir / BASE_FILE
+    if not path.exists():
+        return
+    noted = json.loads(path.read_text())
+    if noted["fingerprint"] != fingerprint(base):
+        raise ConfigError(
+            f"{workdir} was tuned beside {noted['init_from']}, and {base} is another "
+            f"checkpoint, or has changed since; give the one that it belongs to."
+        )
+
+
 def _read_workdir(
     workdir: pathlib.Path, dtype: str | None, mesh: Mesh | None
 ) -> hf.Pretrained:
-    config = _config_of_workdir(workdir)
+    """The newest checkpoint; where a run ended with its best, that one."""
+    whole = _config_of_workdir(workdir)
+    model, finetune = whole.model, whole.finetune
     if dtype is not None:
-        config = dataclasses.replace(config, param_dtype=dtype)  # type: ignore[arg-type]
+        model = dataclasses.replace(model, param_dtype=dtype)  # type: ignore[arg-type]
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    abstract = hf.abstract_params(config, mesh=mesh)
-    return hf.Pretrained(config, checkpoint.restore_params(workdir, abstract), None)
+    abstract = hf.abstract_params(model, mesh=mesh)
+    learned, _ = trainable.divide(abstract, finetune)
+    params = checkpoint.restore_params(workdir, learned, step=_best_step(workdir))
+    if finetune.trainable != "all" and whole.train.init_from is not None:
+        base = locate(whole.train.init_from)
+        check_base(workdir, base)
+        held = read(base, dtype=model.param_dtype, mesh=mesh).params
+        if model.kernel_dtype == "int8":
+            held = lora.with_int8_kernels(held, abstract)
+        params = trainable.join(params, trainable.divide(held, finetune)[1])
+    return hf.Pretrained(*lora.merge(params, model)[::-1], None)
 
 
-def _config_of_workdir(workdir: pathlib.Path) -> ModelConfig:
+def read_learned_adapters(workdir: pathlib.Path) -> tuple[Params, ModelConfig, str]:
+    """What a LoRA run learned, its model's config, and the checkpoint that it belongs to.
+
+    Raises:
+      ConfigError: the workdir is of another kind of run.
+    """
+    if not is_workdir(workdir):
+        raise ConfigError(f"{workdir} is no workdir of a run; only those have adapters.")
+    whole = _config_of_workdir(workdir)
+    if whole.finetune.trainable != "lora":
+        raise ConfigError(
+            f"{workdir} is no LoRA run (finetune.trainable={whole.finetune.trainable!r}); "
+            f"use --format hf."
+        )
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    abstract = hf.abstract_params(whole.model, mesh=mesh)
+    learned, _ = trainable.divide(abstract, whole.finetune)
+    params = checkpoint.restore_params(workdir, learned, step=_best_step(workdir))
+    return params, whole.model, str(whole.train.init_from)
+
+
+def _read_adapter(folder: pathlib.Path, dtype: str | None, mesh: Mesh | None) -> hf.Pretrained:
+    """A model with peft's adapter merged into it."""
+    base = read(locate(hf.adapter_base(folder)), dtype=dtype, mesh=mesh)
+    config, learned = hf.read_adapter(folder, base.config)
+    if mesh is not None:
+        wanted, _ = trainable.divide(
+            hf.abstract_params(config, mesh=mesh), FinetuneConfig(trainable="lora")
+        )
+        learned = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), learned, wanted
+        )
+    merged, plain = lora.merge(trainable.join(learned, base.params), config)
+    return hf.Pretrained(plain, merged, base.head)
+
+
+def _best_step(workdir: pathlib.Path) -> int | None:
+    """The step that a finished run ended with; None where it is the newest."""
     try:
-        return config_lib.from_json((workdir / "config.json").read_text()).model
+        return json.loads((workdir / "summary.json").read_text()).get("best_step")
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _plain(model: ModelConfig) -> ModelConfig:
+    """The same without what reading merges."""
+    return dataclasses.replace(model, lora_rank=0, kernel_dtype="param")
+
+
+def _config_of_workdir(workdir: pathlib.Path) -> Config:
+    try:
+        return config_lib.from_json((workdir / "config.json").read_text())
     except OSError as error:
         raise ConfigError(f"{workdir}/config.json cannot be read: {error.strerror}.") from None

@@ -313,8 +313,10 @@ class Run(abc.ABC):
             with self.throughput.pause("save"):
                 saved.wait()
             best = saved.best() if self.ends_with_best else None
+            at_best = {} if best is None else {"best_step": num_steps}
             if best is not None and best[1] < self.figure(scores):
                 writer.say(f"the best checkpoint is that of step {best[0]}")
+                at_best = {"best_step": best[0]}
                 params = saved.read(best[0], {"params": self.abstract.params})["params"]
                 with self.throughput.pause("eval"):
                     scores = self.evaluate(params, final=True)
@@ -325,6 +327,7 @@ class Run(abc.ABC):
                     "step": num_steps,
                     "parameters": state.num_params(self.config.model),
                     **own,
+                    **at_best,
                     "skipped": int(current.spikes.skipped),
                     "non_finite": int(current.spikes.non_finite),
                     "jumps": self.data.jumps(),

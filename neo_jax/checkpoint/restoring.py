@@ -98,17 +98,22 @@ def read(folder: Folder, step: int, wanted: Any) -> Any:
         return reader.restore(path, args=restore)
 
 
-def restore_params(workdir: pathlib.Path, abstract: Params) -> Params:
+def restore_params(
+    workdir: pathlib.Path, abstract: Params, *, step: int | None = None
+) -> Params:
     """The parameters of the newest good checkpoint, without the optimiser's state.
 
     Args:
+      workdir: of a run.
       abstract: shapes, types and shardings wanted.
+      step: of another checkpoint, which is preferred if it is there and good.
 
     Raises:
       ConfigError: the workdir holds no checkpoint, or one of another model.
     """
     folder = Folder.of(workdir)
-    step = newest_good(folder, put_aside=False)
+    if step not in folder.steps() or agree(folder.problem(step) is not None):
+        step = newest_good(folder, put_aside=False)
     if step is None:
         raise ConfigError(f"{workdir} holds no checkpoint; train there first.")
     return read(folder, step, {"params": abstract})["params"]

@@ -19,8 +19,16 @@ class FinetuneConfig:
     # Evaluations without a better figure after which the run ends, with its best checkpoint;
     # 0: it never ends early.
     patience: int = 0
+    # What the end writes into the workdir for others: "hf", a directory that transformers
+    # loads, adapters merged; "peft", the adapters alone.
+    export: Literal["none", "hf", "peft"] = "none"
 
     def __post_init__(self) -> None:
+        if self.export == "peft" and self.trainable != "lora":
+            raise ConfigError(
+                f"finetune.export='peft' writes adapters, and finetune.trainable="
+                f"{self.trainable!r} has none; use 'hf'."
+            )
         require_positive(self, "finetune", "last_layers")
         if self.patience < 0:
             raise ConfigError(f"finetune.patience={self.patience} must not be negative.")

@@ -8,14 +8,19 @@ checkpoint's, and whose first parameters are its own; what a task adds to them s
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
-from typing import ClassVar
+import shutil
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import jax
 from flax import traverse_util
 
-from neo_jax import lora, pretrained, state, tokenizer, trainable
+from neo_jax import hf, lora, pretrained, state, tokenizer, trainable
 from neo_jax.checkpoint.restoring import tell
 from neo_jax.config import Config, ConfigError
+from neo_jax.metrics import Writer
 from neo_jax.run import Run, keep_tokenizer, load_tokenizer
 from neo_jax.state import Params
 from neo_jax.watch import Preemption
@@ -51,6 +56,10 @@ class Tuning(Run):
         """
         if self.source is None:
             return config
+        # The path is kept in full: whoever reads the run may stand elsewhere.
+        if self.source.is_dir() and pathlib.Path(str(config.train.init_from)).exists():
+            absolute = dataclasses.replace(config.train, init_from=str(self.source.resolve()))
+            config = dataclasses.replace(config, train=absolute)
         of_the_run = {key: getattr(config.model, key) for key in _OF_THE_RUN}
         shape = dataclasses.replace(pretrained.model_config(self.source), **of_the_run)
         return dataclasses.replace(config, model=shape)
@@ -72,12 +81,46 @@ class Tuning(Run):
             return load_tokenizer(self.config, self.workdir)
         return keep_tokenizer(words, self.config, self.workdir)
 
+    def conclude(
+        self, params: Params, scores: Mapping[str, float], writer: Writer
+    ) -> dict[str, Any]:
+        """Writes the model that others load, if `finetune.export` asks for it."""
+        said = super().conclude(params, scores, writer)
+        if self.config.finetune.export != "none" and jax.process_count() == 1:
+            writer.say(f"exported to {self.export(params)}")
+        return said
+
+    def export(self, params: Params) -> pathlib.Path:
+        """The model for transformers, adapters merged; or the adapters alone for peft.
+
+        What an earlier end of this run wrote is replaced.
+        """
+        kind = self.config.finetune.export
+        folder = self.workdir / kind
+        aside = self.workdir / f"{kind}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        if kind == "peft":
+            base = str(self.config.train.init_from)
+            hf.write_adapter(params, self.config.model, base, aside)
+        else:
+            merged, plain = lora.merge(self.whole(params), self.config.model)
+            hf.write(merged, plain, aside, eos_id=self.tokenizer.eos_id)
+        hf.write_tokenizer(self.tokenizer, aside, self.config.model.max_seq_len)
+        shutil.rmtree(folder, ignore_errors=True)
+        return aside.rename(folder)
+
     def initial_params(self) -> tuple[Params, Params]:
         """The checkpoint's parameters, and fresh ones where it has none."""
         config = self.config
         if self.source is None:
             return super().initial_params()
         learned, frozen = trainable.divide(self._read(), config.finetune)
+        if frozen and jax.process_index() == 0:
+            noted = {
+                "init_from": str(config.train.init_from),
+                "fingerprint": pretrained.fingerprint(self.source),
+            }
+            (self.workdir / pretrained.BASE_FILE).write_text(json.dumps(noted) + "\n")
         wanted, held = (traverse_util.flatten_dict(p) for p in (self.abstract.params, learned))
         missing = [path for path in wanted if path not in held]
         if missing:
@@ -93,6 +136,7 @@ class Tuning(Run):
         """The checkpoint's parameters that are not learned, read again."""
         if self.config.finetune.trainable == "all" or self.source is None:
             return {}
+        pretrained.check_base(self.workdir, self.source)
         return trainable.divide(self._read(), self.config.finetune)[1]
 
     def _read(self) -> Params:

@@ -5,6 +5,7 @@ Leaves: our `ModelConfig` and our tree of parameters, placed on their devices; a
 way back. configs.py and names.py say what is what, reading.py and writing.py move it.
 """
 
+from neo_jax.hf.adapters import adapter_base, is_adapter, read_adapter, write_adapter
 from neo_jax.hf.configs import (
     HEADS,
     Head,
@@ -24,6 +25,7 @@ __all__ = [
     "Head",
     "Pretrained",
     "abstract_params",
+    "adapter_base",
     "config_from_hf",
     "config_to_hf",
     "copy_tokenizer",
@@ -31,13 +33,16 @@ __all__ = [
     "from_hf",
     "head_from_hf",
     "head_logits",
+    "is_adapter",
     "last_token",
     "name_table",
     "push_to_hub",
     "read",
+    "read_adapter",
     "read_json",
     "resolve",
     "to_hf",
     "write",
+    "write_adapter",
     "write_tokenizer",
 ]
