@@ -1,27 +1,32 @@
 """The command `python -m neo_jax.plan`: will it fit, and how fast will it be, on which TPU?
 
 Enters: an experiment and the name of a TPU. Leaves: HBM, predicted speed and a choice of
-settings, from the real training step compiled by the TPU's own compiler on this machine; no
-TPU is needed. What the predictions assume: planning/predict.py.
+settings, from the real training step, or the real loop that writes text, compiled by the
+TPU's own compiler on this machine; no TPU is needed. What the predictions assume:
+planning/predict.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this machine only compiles
 
 from neo_jax import config as config_lib
 from neo_jax.config import Config, ConfigError
-from neo_jax.planning import compiling, search, show, topologies
-from neo_jax.planning.compiling import Report
+from neo_jax.generate.options import Options
+from neo_jax.planning import compiling, decoding, search, show, topologies
+from neo_jax.planning.compiling import AnyReport, Report
+from neo_jax.planning.decoding import DecodeReport
 from neo_jax.planning.topologies import Topology
 
 _EXAMPLES = """\
@@ -33,6 +38,8 @@ examples:
   two slices, and other settings:
     python -m neo_jax.plan --config neo_1p3b --topology v5e-16 --num_slices 2 \\
         --config.mesh.data=2 --config.model.remat=full
+  how fast would it write, 16 texts side by side?
+    python -m neo_jax.plan --config neo_2p7b --topology v5e-1 --decode --batch_size 16
   where does every tensor lie?
     python -m neo_jax.plan --config neo_125m --topology v5e-8 --show_sharding
 
@@ -74,6 +81,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(show.sharding_table(config, topology))
         return 0
     cache = compiling.Cache(pathlib.Path(arguments.cache).expanduser())
+    if arguments.decode:
+        return _decode(config, topology, cache, arguments, output)
     if arguments.search:
         reports = _search(config, topology, cache, arguments.compile)
     else:
@@ -85,22 +94,71 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         print(f"plan: {_what_would_fit(config, topology, best)}", file=sys.stderr)
     if output is not None:
-        _write(output, best, reports, arguments, overrides)
+        tree = dataclasses.asdict(best)
+        tree["command"] = _command(arguments, overrides, best) if best.fits else None
+        if arguments.search:
+            tree["searched"] = [dataclasses.asdict(report) for report in reports]
+        _write(output, tree)
     return 0 if best.fits else 1
 
 
 def _compile(config: Config, topology: Topology, cache: compiling.Cache) -> Report:
+    """The training step's report."""
+    name = f"{compiling.key(config, topology)}.{compiling.source_hash()}"
+    make = functools.partial(compiling.compile_step, config, topology)
+    return _known_or(make, Report, name, config, cache)
+
+
+def _known_or(
+    make: Callable[[], AnyReport],
+    kind: type[AnyReport],
+    name: str,
+    config: Config,
+    cache: compiling.Cache,
+) -> AnyReport:
     """From the cache, or from the compiler, with a word on the wait."""
-    known = cache.get(config, topology)
+    known = cache.get(name, kind)
     if known is not None:
         print("  known from an earlier compilation", file=sys.stderr)
         return known
     print(f"  compiling, a minute or more of this machine {_told(config)} …", file=sys.stderr)
     began = time.monotonic()
-    report = compiling.compile_step(config, topology)
-    cache.put(config, topology, report)
+    report = make()
+    cache.put(name, report)
     print(f"  … {time.monotonic() - began:.0f} s", file=sys.stderr)
     return report
+
+
+def _decode(
+    config: Config,
+    topology: Topology,
+    cache: compiling.Cache,
+    arguments: argparse.Namespace,
+    output: pathlib.Path | None,
+) -> int:
+    """Reports on writing text; exit status as `main`."""
+    options = Options(
+        batch_size=arguments.batch_size,
+        cache_dtype=arguments.cache_dtype,
+        weight_dtype=arguments.weight_dtype,
+    )
+    length = arguments.context or config.model.max_seq_len
+    decoding.mesh_of(config, topology, options, length)  # mistakes are told at once
+    asked = decoding.key(config, topology, options, length)
+    name = f"{asked}.{compiling.source_hash(*decoding.COMPILED_FROM)}"
+    make = functools.partial(decoding.compile_decode, config, topology, options, length)
+    report = _known_or(make, DecodeReport, name, config, cache)
+    print(show.decode_text(report))
+    if not report.fits:
+        print(
+            f"plan: does not fit {topology.key}: it needs {report.hbm_gib:.2f} GiB of "
+            f"{report.hbm_limit_gib:.2f} a device, {report.over_by_gib:.2f} too many; lower "
+            f"--batch_size or --context, or use int8.",
+            file=sys.stderr,
+        )
+    if output is not None:
+        _write(output, dataclasses.asdict(report))
+    return 0 if report.fits else 1
 
 
 def _search(
@@ -169,17 +227,7 @@ def _refuse_to_overwrite(output: pathlib.Path | None) -> None:
         raise ConfigError(f"--json {output} exists and is no plan; give another name.")
 
 
-def _write(
-    output: pathlib.Path,
-    best: Report,
-    reports: Sequence[Report],
-    arguments: argparse.Namespace,
-    overrides: Sequence[str],
-) -> None:
-    tree = dataclasses.asdict(best)
-    tree["command"] = _command(arguments, overrides, best) if best.fits else None
-    if arguments.search:
-        tree["searched"] = [dataclasses.asdict(report) for report in reports]
+def _write(output: pathlib.Path, tree: Mapping[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(output.name + ".partial")
     aside.write_text(json.dumps(tree, indent=2) + "\n")
@@ -191,7 +239,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     names = "\n".join("  " + ", ".join(sizes) for sizes in topologies.names().values())
     parser = argparse.ArgumentParser(
         prog="python -m neo_jax.plan",
-        description="Compiles the training step for TPUs that are not here.",
+        description="Compiles training, or decoding, for TPUs that are not here.",
         epilog=_EXAMPLES.format(names=names),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -215,6 +263,25 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--show_sharding", action="store_true", help="print where every tensor lies, and stop"
     )
+    writing = parser.add_argument_group("of text that is written")
+    writing.add_argument(
+        "--decode", action="store_true", help="plan the writing of text, not training"
+    )
+    writing.add_argument(
+        "--batch_size", type=int, default=1, metavar="N", help="texts at a time (%(default)s)"
+    )
+    writing.add_argument(
+        "--context", type=int, metavar="TOKENS", help="of a text; left out: all positions"
+    )
+    writing.add_argument(
+        "--weight_dtype", choices=("auto", "int8"), default="auto", help="(%(default)s)"
+    )
+    writing.add_argument(
+        "--cache_dtype",
+        choices=("auto", "bfloat16", "float32", "int8"),
+        default="auto",
+        help="(%(default)s)",
+    )
     parser.add_argument(
         "--cache", metavar="DIR", default=str(compiling.default_cache()), help="(%(default)s)"
     )
@@ -227,8 +294,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if not flag.startswith("--config.") or "=" not in flag:
             parser.error(f"unknown argument {flag!r}; settings are --config.section.key=value")
         overrides.append(flag.removeprefix("--config."))
-    if known.compile < 1:
-        parser.error(f"--compile {known.compile} must be at least 1")
+    for name in ("compile", "batch_size", "context"):
+        value = getattr(known, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} must be at least 1")
+    if known.decode and known.search:
+        parser.error("--search is of training; leave it out with --decode")
     return known, overrides
 
 

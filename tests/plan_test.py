@@ -234,6 +234,50 @@ def test_no_more_hbm_than_before(case: str, planned: dict[str, object]) -> None:
     )
 
 
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "more"),
+    [
+        ("v5e-1", []),
+        ("v5e-1", ["--weight_dtype=int8", "--cache_dtype=int8"]),
+        ("v5e:2x2", ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]),
+    ],
+)
+def test_writing_text_is_planned_against_its_roofline(
+    topology: str, more: list[str], output: pathlib.Path
+) -> None:
+    argv = ["--config=neo_125m", "--config.model.num_layers=2", f"--topology={topology}"]
+    argv += ["--decode", "--batch_size=2", "--context=256", *more, *arguments(output)]
+    assert plan.main(argv) == 0
+    report = json.loads(output.read_text())
+    assert report["fits"] is True and report["hbm_gib"] < 1
+    assert report["hbm_gib"] > report["cache_gib"]
+    assert 0 < report["predicted_share_of_roofline"] <= 1
+    rate = report["batch_size"] / report["predicted_seconds_per_pass"]
+    assert report["predicted_tokens_per_second"] == pytest.approx(rate)
+    # The head, tied, is read as a product; two layers of 768 beside it.
+    bytes_each = 1 if "--weight_dtype=int8" in more else 2
+    weights = bytes_each * (50304 * 768 + 2 * 12 * 768**2) / (2 if "2x2" in topology else 1)
+    assert report["weights_gib"] * 2**30 == pytest.approx(weights, rel=0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--context=4096"], "--context 4096 exceeds model.max_seq_len=2048"),
+        (["--batch_size=3", "--context=128"], "--batch_size 3"),
+    ],
+)
+def test_text_that_cannot_be_written_is_told(
+    more: list[str], words: str, capsys: pytest.CaptureFixture[str], output: pathlib.Path
+) -> None:
+    argv = ["--config=neo_125m", "--config.model.num_layers=2", "--topology=v5e:2x2"]
+    error = complaint(capsys, *argv, "--decode", *more, f"--cache={output.parent}")
+    assert words in error
+
+
 def test_the_resolved_config_names_what_a_step_depends_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -157,6 +157,14 @@ def test_a_loop_of_unknown_length_is_refused() -> None:
         predict.predict(hlo.parse(text), V5E, PLACES)
 
 
+def test_one_pass_of_a_loop_of_unknown_length_is_its_body() -> None:
+    text = PROGRAM.replace('backend_config={"known_trip_count":{"n":"7"}}', "metadata={}")
+    one = predict.one_more_trip(hlo.parse(text), V5E, PLACES)
+    assert one.seconds == pytest.approx(3000 / CHIP.clock)
+    with pytest.raises(ValueError, match="0 loops"):
+        predict.one_more_trip(hlo.parse(PROGRAM), V5E, PLACES)
+
+
 @pytest.mark.parametrize("cycles", ["1", "0"])
 def test_nothing_is_faster_than_its_roofline(cycles: str) -> None:
     text = PROGRAM.replace('"estimated_cycles":"3000"', f'"estimated_cycles":"{cycles}"')
@@ -221,6 +229,34 @@ ENTRY %main (a: f32[24,1024,1024], i: s32[], s: f32[24,1024], u: f32[1,1024]) ->
     assert counting.hbm_bytes(program, program.entry, written) == pytest.approx(
         2 * 4 * 1024, rel=1e-2
     )
+
+
+def test_a_slice_that_a_fusion_inside_a_fusion_takes_is_all_that_is_read() -> None:
+    text = """\
+%pick (p0: f32[24,1024,1024], p1: s32[]) -> f32[1,1024,1024] {
+  %p0 = f32[24,1024,1024]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,1024,1024]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), \
+dynamic_slice_sizes={1,1024,1024}
+}
+
+%around (q0: f32[24,1024,1024], q1: s32[]) -> f32[1,1024,1024] {
+  %q0 = f32[24,1024,1024]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %picked = f32[1,1024,1024]{2,1,0} fusion(%q0, %q1), kind=kLoop, calls=%pick
+  ROOT %made = f32[1,1024,1024]{2,1,0} negate(%picked)
+}
+
+ENTRY %main (a: f32[24,1024,1024], i: s32[]) -> f32[1,1024,1024] {
+  %a = f32[24,1024,1024]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %read = f32[1,1024,1024]{2,1,0} fusion(%a, %i), kind=kLoop, calls=%around
+}
+"""
+    program = hlo.parse(text)
+    moved = counting.hbm_bytes(program, program.entry, program.entry.root)
+    assert moved == pytest.approx(2 * 4 * 1024 * 1024, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from neo_jax import int8
 from neo_jax.model import Linear, product
+from neo_jax.sharding import target
 
 # XLA's CPU products do not take int8. For one token the product is written as so many
 # multiply-adds of long vectors, which it turns into loops that convert in registers: 0.9 to
@@ -44,7 +45,7 @@ class Int8Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         rows = x.size * self.scale.size // self.kernel.size
-        if rows == 1 and jax.default_backend() == "cpu":
+        if rows == 1 and target().platform == "cpu":
             y = self._one_row(x)
         else:
             y = product(self.equation, x, self.kernel[...].astype(x.dtype))

@@ -16,7 +16,7 @@ import pathlib
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from neo_jax.planning import hlo, predict, topologies
 from neo_jax.planning.topologies import Topology
 
 GIB = 2**30
+AnyReport = TypeVar("AnyReport")
 
 # Rooms whose code decides what is compiled, and what is read from it.
 _COMPILED_FROM = (
@@ -96,7 +97,7 @@ def compile_step(config: Config, topology: Topology) -> Report:
         if needed is None:
             raise
     else:
-        needed = _hbm_bytes(compiled.memory_analysis())
+        needed = hbm_bytes(compiled.memory_analysis())
         places = predict.places(list(mesh.devices.flat))
         prediction = predict.predict(hlo.parse(compiled.as_text() or ""), topology, places)
     return _report(config, topology, mesh, needed, prediction, time.monotonic() - began)
@@ -146,8 +147,8 @@ def bare_product_share(topology: Topology, size: int = 8192) -> float:
     return prediction.flops / prediction.seconds / (chip.peak_flops / chip.devices)
 
 
-def _hbm_bytes(stats: Any) -> int:
-    """Of the step while it runs: state, batch, results that are not donated, temporaries."""
+def hbm_bytes(stats: Any) -> int:
+    """Of a program while it runs: state, batch, results that are not donated, temporaries."""
     return int(
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -244,23 +245,28 @@ class Cache:
 
     folder: pathlib.Path
 
-    def get(self, config: Config, topology: Topology) -> Report | None:
-        """None if this was not compiled yet, or if its file cannot be read."""
+    def get(self, name: str, kind: type[AnyReport]) -> AnyReport | None:
+        """None if this was not compiled yet, or if its file cannot be read.
+
+        Args:
+          name: from `key`, with `source_hash`.
+          kind: of report.
+        """
         try:
-            return Report(**json.loads(self._file(config, topology).read_text()))
+            return kind(**json.loads(self._file(name).read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
-    def put(self, config: Config, topology: Topology, report: Report) -> None:
+    def put(self, name: str, report: Any) -> None:
         """Raises: OSError: the folder cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._file(config, topology)
+        path = self._file(name)
         aside = path.with_suffix(".partial")
         aside.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
         os.replace(aside, path)
 
-    def _file(self, config: Config, topology: Topology) -> pathlib.Path:
-        return self.folder / f"{key(config, topology)}.{source_hash()}.json"
+    def _file(self, name: str) -> pathlib.Path:
+        return self.folder / f"{name}.json"
 
 
 def key(config: Config, topology: Topology) -> str:
@@ -278,11 +284,11 @@ def key(config: Config, topology: Topology) -> str:
 
 
 @functools.cache
-def source_hash() -> str:
-    """Of the code that makes the step and reads it; and of jax's version."""
+def source_hash(*more: str) -> str:
+    """Of the code that makes the step and reads it, of more rooms, and of jax's version."""
     package = pathlib.Path(__file__).parents[1]
     digest = hashlib.sha256(jax.__version__.encode())
-    for room in _COMPILED_FROM:
+    for room in (*_COMPILED_FROM, *more):
         for path in sorted([*package.glob(f"{room}.py"), *package.glob(f"{room}/**/*.py")]):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

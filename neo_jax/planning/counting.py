@@ -125,7 +125,7 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
             continue
         whole = operand.bytes
         if inner is not None and number < len(inner.parameters):
-            whole = min(whole, _bytes_read(inner, inner.parameters[number]))
+            whole = min(whole, _bytes_read(program, inner, inner.parameters[number]))
         elif instruction.opcode in _SLICES and number == 0:
             whole = min(whole, written)
         read += whole
@@ -137,19 +137,26 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     return read + written
 
 
-def _bytes_read(inner: Computation, parameter: Instruction) -> float:
-    """What a fusion reads of one parameter."""
+def _bytes_read(program: Program, inner: Computation, parameter: Instruction) -> float:
+    """What a fusion reads of one parameter, also by fusions inside it."""
     total = 0.0
     for user in inner.users[parameter.name]:
+        deeper = called(program, user)
         if user.opcode in _SLICES and user.operands[0] == parameter.name:
             total += user.bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
             continue  # written in place
         elif user.opcode == "bitcast":
-            total += _bytes_read(inner, user)
+            total += _bytes_read(program, inner, user)
+        elif deeper is not None and len(deeper.parameters) == len(user.operands):
+            total += sum(
+                _bytes_read(program, deeper, given)
+                for name, given in zip(user.operands, deeper.parameters, strict=True)
+                if name == parameter.name
+            )
         else:
             return parameter.bytes
-    return total
+    return min(total, parameter.bytes)
 
 
 def _bytes_written(inner: Computation) -> float:

@@ -103,7 +103,28 @@ def predict(program: Program, topology: Topology, places: Sequence[Place]) -> Pr
     Raises:
       ValueError: a loop whose trip count the compiler does not know.
     """
-    total = _Timer(program, topology, places).run(program.entry)
+    return _prediction(_Timer(program, topology, places).run(program.entry))
+
+
+def one_more_trip(program: Program, topology: Topology, places: Sequence[Place]) -> Prediction:
+    """Times one pass through the loop of which only the data know when it ends.
+
+    Args as `predict`; the program has one such loop.
+    """
+    timer = _Timer(program, topology, places)
+    bodies = [
+        program.computations[instruction.attribute("body") or ""]
+        for instruction in program.entry.instructions
+        if instruction.opcode == "while" and program.trip_count(instruction) is None
+    ]
+    if len(bodies) != 1:
+        raise ValueError(
+            f"{len(bodies)} loops of the program have no known trip count, not 1."
+        )
+    return _prediction(timer.run(bodies[0]))
+
+
+def _prediction(total: _Totals) -> Prediction:
     return Prediction(
         seconds=total.seconds,
         seconds_without_overlap=sum(total.parts.values()),

@@ -5,10 +5,13 @@ Enters: configs and reports. Leaves: text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from neo_jax import metrics, sharding, state
 from neo_jax.config import Config
 from neo_jax.planning import topologies
 from neo_jax.planning.compiling import Report, on_slices
+from neo_jax.planning.decoding import DecodeReport
 from neo_jax.planning.topologies import Topology
 
 
@@ -56,7 +59,37 @@ def report_text(report: Report, config: Config) -> str:
             f"({flops.palm / 1e9:.3f})",
             f"over ICI {report.ici_gib:.2f} GiB a device and step, "
             f"over DCN {report.dcn_gib:.2f}",
-            "where the time goes: " + _parts(report),
+            "where the time goes: "
+            + _shares(
+                report.predicted_step_seconds, report.seconds_by_part, report.exposed_seconds
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def decode_text(report: DecodeReport) -> str:
+    """A report on writing text as a short page."""
+    mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
+    lines = [
+        f"mesh {mesh or 'of one device'}; {report.batch_size} text(s) of {report.context} "
+        f"tokens; weights {report.weight_dtype}, caches {report.cache_dtype}",
+        f"HBM {report.hbm_gib:.2f} GiB of {report.hbm_limit_gib:.2f} a device "
+        f"(libtpu {report.libtpu}); weights {report.weights_gib:.2f}, caches "
+        f"{report.cache_gib:.2f}",
+        f"roofline {report.roofline_seconds_per_pass * 1e3:.3f} ms a pass, "
+        f"{report.roofline_tokens_per_second:,.0f} tokens/s: reading both once",
+    ]
+    if report.predicted_seconds_per_pass is not None:
+        lines += [
+            f"predicted {report.predicted_seconds_per_pass * 1e3:.3f} ms a pass, "
+            f"{report.predicted_tokens_per_second:,.0f} tokens/s, "
+            f"{report.predicted_share_of_roofline:.0%} of the roofline",
+            "where the time goes: "
+            + _shares(
+                report.predicted_seconds_per_pass,
+                report.seconds_by_part,
+                report.exposed_seconds,
+            ),
         ]
     return "\n".join(lines)
 
@@ -67,11 +100,10 @@ def _remat(report: Report) -> str:
     return f"{report.remat} ({', '.join(saved)})" if saved else report.remat
 
 
-def _parts(report: Report) -> str:
-    """Shares of the step: what the cores do, and what they wait for."""
-    total = report.predicted_step_seconds or 1.0
-    own = {k: report.seconds_by_part.get(k, 0.0) for k in ("products", "other", "kernels")}
-    waited = {f"waiting for {k}": v for k, v in report.exposed_seconds.items()}
+def _shares(total: float, parts: Mapping[str, float], exposed: Mapping[str, float]) -> str:
+    """Of the time: what the cores do, and what they wait for."""
+    own = {k: parts.get(k, 0.0) for k in ("products", "other", "kernels")}
+    waited = {f"waiting for {k}": v for k, v in exposed.items()}
     return ", ".join(
         f"{name} {seconds / total:.1%}" for name, seconds in (own | waited).items() if seconds
     )
