@@ -3,12 +3,16 @@
 import json
 import pathlib
 
+import jax
 import pytest
+from flax import nnx
 
 from neo_jax import config as config_lib
-from neo_jax import pretrain
+from neo_jax import pretrain, tokenizer
 from neo_jax.config import Config, ConfigError
+from neo_jax.evaluate import in_loop
 from neo_jax.metrics import read_metrics
+from neo_jax.model import NeoLM
 
 TEXT = "The dog ran home, and we followed the dog. "
 
@@ -31,6 +35,25 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "lambada.openai.jsonl").write_text(json.dumps({"text": TEXT.strip()}) + "\n")
     return tmp_path
+
+
+def test_the_harness_is_asked_time_and_again(
+    folder: pathlib.Path, mesh: jax.sharding.Mesh
+) -> None:
+    pytest.importorskip("lm_eval")
+    config = run_config(folder, "harness:lambada_openai", "lambada_openai")
+    words = tokenizer.train_bpe([TEXT] * 3, 270)
+    benchmarks = in_loop.Benchmarks(config.eval, config.model, mesh, words)
+    names = ("lambada_openai/perplexity", "lambada_openai/acc")
+    seen = []
+    for seed in (0, 1):
+        params = nnx.to_pure_dict(nnx.state(NeoLM(config.model, nnx.Rngs(params=seed))))
+        found = benchmarks.score(params)
+        assert found.keys() == {*names, *(f"harness:{name}" for name in names)}
+        for name in names:
+            assert found[f"harness:{name}"] == pytest.approx(found[name], rel=1e-5)
+        seen.append(found[names[0]])
+    assert seen[0] != seen[1]
 
 
 @pytest.mark.slow

@@ -216,6 +216,26 @@ def test_stereoset_weighs_sense_and_fairness() -> None:
     assert values == {"stereotype_score": 0.5, "language_score": 0.75, "icat": 0.75}
 
 
+def test_lists_of_bias_are_read_as_their_authors_publish_them(tmp_path: pathlib.Path) -> None:
+    labels = ("unrelated", "stereotype", "anti-stereotype")
+    sentences = [{"sentence": f"It is {label}.", "gold_label": label} for label in labels]
+    row = {"context": "It is BLANK.", "bias_type": "race", "sentences": sentences}
+    lists = {"intersentence": [{**row, "context": "So."}], "intrasentence": [row]}
+    whole = {"version": "1", "data": lists}
+    (tmp_path / "stereoset_dev.json").write_text(json.dumps(whole, indent=4))
+    items, _ = tasks.load(tasks.find("stereoset"), tmp_path)
+    assert [item.pairs[0] for item in items] == [
+        ("So.", " It is stereotype."),
+        ("", "It is stereotype."),
+    ]
+    head = ",sent_more,sent_less,stereo_antistereo,bias_type"
+    line = '0,"He said, ""no"".",She agreed.,stereo,gender'
+    (tmp_path / "crows_pairs_anonymized.csv").write_text(f"{head}\n{line}\n")
+    (item,), _ = tasks.load(tasks.find("crows_pairs_english"), tmp_path)
+    assert item.pairs == (("", 'He said, "no".'), ("", "She agreed."))
+    assert item.group == "gender"
+
+
 # --------------------------------------------------------------------------------- mistakes
 
 

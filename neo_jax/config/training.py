@@ -138,7 +138,8 @@ class EvalConfig:
     sample_tokens: int = 0  # tokens to write at the end; 0: no sample
     temperature: float = 0.8
     top_k: int = 40  # 0: all
-    # Benchmarks at every evaluation: names of neo_jax.evaluate, or text:SOURCE.
+    # Benchmarks at every evaluation: names of neo_jax.evaluate, text:SOURCE, or harness:NAME
+    # for the tasks of lm-evaluation-harness.
     tasks: tuple[str, ...] = ()
     tasks_data: str | None = None  # folder of their files; left out: the hub
     tasks_limit: int = 0  # samples of each task; 0: all

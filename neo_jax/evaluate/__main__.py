@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import pathlib
 import shlex
 import sys
@@ -23,12 +22,11 @@ import jax
 
 from neo_jax import compilation, distributed, host_memory, pretrained, sharding, state
 from neo_jax.config import ConfigError, MeshConfig
-from neo_jax.evaluate import card, documents, hosts, memorisation, report, tasks
+from neo_jax.evaluate import card, documents, hosts, in_loop, memorisation, report, tasks
 from neo_jax.evaluate.asking import Asker
 from neo_jax.evaluate.documents import Text
 from neo_jax.evaluate.scoring import Scorer
 from neo_jax.evaluate.tasks import Item, Outcome, Task
-from neo_jax.evaluate.tasks.registry import nearest
 from neo_jax.pretrained import LanguageModel
 
 _EXAMPLES = """\
@@ -159,10 +157,8 @@ def _evaluate(arguments: argparse.Namespace, argv: list[str]) -> None:
             arguments,
             [_load(tasks.find(name), arguments.data, arguments.limit) for name in own],
             _read_texts([*arguments.text, *arguments.memorisation], arguments),
-            others,
+            in_loop.of_harness(others, arguments.data),
         )
-        if others:
-            _require_harness(others, arguments.data)
 
     started = time.monotonic()
     model = pretrained.load(arguments.checkpoint, dtype=arguments.dtype, mesh=mesh)
@@ -181,7 +177,7 @@ class _Work:
     arguments: argparse.Namespace
     loaded: list[tuple[Task, list[Item], str]]
     texts: dict[str, list[Text]]
-    others: list[str]  # of the harness
+    others: Any  # the harness's, as `harness.load` gives them; None: none are asked
 
 
 def _ask(work: _Work | None, model: LanguageModel, calls: hosts.Calls) -> list[Outcome]:
@@ -200,7 +196,7 @@ def _ask(work: _Work | None, model: LanguageModel, calls: hosts.Calls) -> list[O
     for name in arguments.memorisation:
         samples = arguments.limit or 1000
         outcomes.append(memorisation.check(work.texts[name], asker, name, samples=samples))
-    if work.others:
+    if work.others is not None:
         outcomes += _by_harness(model, calls, work.others, arguments)
     for outcome in outcomes:
         if outcome.truncated:
@@ -225,18 +221,6 @@ def _mesh(text: str) -> jax.sharding.Mesh:
     if sizes and "fsdp" not in sizes and -1 not in sizes.values():
         sizes["fsdp"] = -1
     return sharding.make_mesh(MeshConfig(**sizes))
-
-
-def _require_harness(names: list[str], folder: pathlib.Path | None) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        known = nearest(names[0], tasks.TASKS)
-        raise ConfigError(
-            f"task {names[0]!r} is not among those that need no harness{known[:-1]}; for the "
-            f"harness's, pip install 'neo_jax[eval]'."
-        )
-    from neo_jax.evaluate import harness  # lm_eval takes seconds to import
-
-    harness.manager_for(names, folder)
 
 
 def _load(
@@ -268,15 +252,14 @@ def _perplexity(name: str, texts: list[Text], asker: Asker, stride: int | None) 
 def _by_harness(
     model: LanguageModel,
     calls: hosts.Calls,
-    names: list[str],
+    loaded: Any,
     arguments: argparse.Namespace,
 ) -> list[Outcome]:
     from neo_jax.evaluate import harness  # lm_eval takes seconds to import
 
     return harness.run(
         harness.NeoJaxLM(model, calls=calls),
-        names,
-        arguments.data,
+        loaded,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
         cache=arguments.cache,

@@ -16,6 +16,7 @@ lm_eval/models/huggingface.py.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib.metadata
@@ -26,9 +27,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import lm_eval
+from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.api.task import Task
 from lm_eval.models.utils import (
     handle_stop_sequences,
     normalize_gen_kwargs,
@@ -226,45 +229,86 @@ def manager_for(names: Sequence[str], folder: pathlib.Path | None) -> TaskManage
     return manager
 
 
-def run(
-    model: NeoJaxLM,
-    names: Sequence[str],
-    folder: pathlib.Path | None,
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    cache: str | None = None,
-) -> list[Outcome]:
-    """Runs tasks of the harness by name.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Tasks with their data, ready to be asked any number of times.
+
+    Attributes:
+      manager: knows their names.
+      tasks: by the name that was asked for; a group or a tag is several.
+      folder: of data; None: the harness's own.
+    """
+
+    manager: TaskManager
+    tasks: dict[str, list[Task | Group]]
+    folder: pathlib.Path | None
+
+
+def load(names: Sequence[str], folder: pathlib.Path | None) -> Loaded:
+    """Reads the data of tasks.
 
     Args:
-      model: who is asked.
-      names: of tasks or groups.
+      names: of tasks, groups or tags.
       folder: of data for the tasks that come with neo_jax; None: the harness's own.
-      num_fewshot: examples before each question; left out, as the task has it.
-      limit: only so many documents of each task.
-      cache: path of a database of answers, which a later run takes up.
 
     Raises:
       ConfigError: an unknown name, or data that is not to be had.
     """
     manager = manager_for(names, folder)
+    tasks: dict[str, list[Task | Group]] = {}
+    for name in names:
+        try:
+            found = manager.load([name])
+        except ConfigError:
+            raise
+        except (OSError, ValueError, ImportError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"task {name!r} of the harness: its data cannot be had ({line}); without a "
+                f"network take a task that neo_jax has files for, with --data."
+            ) from None
+        group = found["groups"].get(name)
+        tasks[name] = list(found["tasks"].values()) if group is None else [group]
+    return Loaded(manager, tasks, folder)
+
+
+def run(
+    model: NeoJaxLM,
+    loaded: Loaded,
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    cache: str | None = None,
+    bootstrap_samples: int = 1000,
+) -> list[Outcome]:
+    """Runs tasks of the harness.
+
+    Args:
+      model: who is asked.
+      loaded: the tasks.
+      num_fewshot: examples before each question; left out, as the task has it.
+      limit: only so many documents of each task.
+      cache: path of a database of answers, which a later run takes up.
+      bootstrap_samples: for the standard errors that are drawn; 0: these are left out.
+    """
     outcomes = []
-    for asked in names:  # one by one, so that each knows what of it was cut
+    for tasks in loaded.tasks.values():  # one by one, so that each knows what of it was cut
         before = model.asker.truncated
         results = lm_eval.simple_evaluate(
             model=model,
-            tasks=[asked],
+            tasks=tasks,
             num_fewshot=num_fewshot,
             limit=limit,
             use_cache=cache,
-            task_manager=manager,
+            task_manager=loaded.manager,
             log_samples=False,
-            bootstrap_iters=1000,
+            bootstrap_iters=bootstrap_samples,
         )
         assert results is not None  # it is for other ranks alone, and we are always 0
         cut = model.asker.truncated - before
-        outcomes += [_outcome(name, results, cut, folder) for name in results["n-samples"]]
+        outcomes += [
+            _outcome(name, results, cut, loaded.folder) for name in results["n-samples"]
+        ]
     return outcomes
 
 

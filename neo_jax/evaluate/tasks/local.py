@@ -8,6 +8,8 @@ words stand in its path below the folder, letters and digits alone compared.
 
 from __future__ import annotations
 
+import csv
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -42,7 +44,7 @@ def find(folder: pathlib.Path, name: str, wanted: Sequence[Words]) -> list[pathl
     files = {
         path: re.sub(r"[^a-z0-9]", "", str(path.relative_to(folder)).lower())
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and readers.file_format(path.name) and path.name not in _NOT_DATA
+        if path.is_file() and _is_data(path)
     }
     for words in wanted:
         found = [path for path, key in files.items() if all(word in key for word in words)]
@@ -57,13 +59,22 @@ def find(folder: pathlib.Path, name: str, wanted: Sequence[Words]) -> list[pathl
 
 
 def rows(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-    """The rows of files of the formats in data/readers.py; a line of plain text is one.
+    """The rows of files.
+
+    Of the formats in data/readers.py, of CSV, and of one JSON object over many lines; a line
+    of plain text is a row.
 
     Raises:
       ConfigError: a file or a row cannot be read.
     """
     found: list[dict[str, Any]] = []
     for path in paths:
+        if path.suffix == ".csv":
+            found += csv.DictReader(lines(path))
+            continue
+        if (whole := _whole_object(path)) is not None:
+            found.append(whole)
+            continue
         if readers.file_format(path.name) == "text":
             found += [{"text": line} for line in lines(path) if line.strip()]
             continue
@@ -73,6 +84,22 @@ def rows(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
             value = row.value
             found.append({"text": value} if isinstance(value, str) else dict(value))
     return found
+
+
+def _is_data(path: pathlib.Path) -> bool:
+    known = path.suffix == ".csv" or readers.file_format(path.name) is not None
+    return known and path.name not in _NOT_DATA
+
+
+def _whole_object(path: pathlib.Path) -> dict[str, Any] | None:
+    """What a file holds that is one JSON object over many lines; None of other files."""
+    if path.suffix != ".json":
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # one object a line, perhaps; whoever reads those tells what is wrong
+    return value if isinstance(value, dict) else None
 
 
 def lines(path: pathlib.Path) -> list[str]:

@@ -8,7 +8,7 @@ are those of lm-evaluation-harness's task of the same name, to the space.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 Row: TypeAlias = Mapping[str, Any]
@@ -135,6 +135,15 @@ def stereoset(row: Row) -> Item:
         for label in ("stereotype", "anti-stereotype", "unrelated")
     )
     return Item(pairs, group=str(row.get("bias_type", "")))
+
+
+def stereoset_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of StereoSet's own file too: one object, `data`, with two lists of them."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        lists = row["data"].values() if isinstance(row.get("data"), dict) else [[row]]
+        found += [dict(one) for each in lists for one in each]
+    return found
 
 
 # ------------------------------------------------------------------------------- WikiText

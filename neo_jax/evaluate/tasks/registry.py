@@ -227,7 +227,8 @@ def load_rows(task: Task, folder: pathlib.Path | None) -> tuple[list[dict[str, A
     if task.kind == "pages" and paths[0].suffix in (".raw", ".txt"):
         pages = prompts.wikitext_pages([line for p in paths for line in local.lines(p)])
         return [{"page": page} for page in pages], _names(paths)
-    return local.rows(paths), _names(paths)
+    rows = local.rows(paths)
+    return prompts.stereoset_rows(rows) if task.kind == "stereoset" else rows, _names(paths)
 
 
 def _names(paths: Sequence[pathlib.Path]) -> str:
