@@ -236,6 +236,29 @@ def test_lists_of_bias_are_read_as_their_authors_publish_them(tmp_path: pathlib.
     assert item.group == "gender"
 
 
+def test_without_a_folder_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path: str, config: str | None, *, split: str) -> list[dict[str, object]]:
+        asked.append((path, config, split))
+        return [ROWS["piqa"]]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    items, data = tasks.load(tasks.find("piqa"), None)
+    assert asked == [("baber/piqa", None, "validation")] and data == "hub baber/piqa"
+    assert items == [prompts.piqa(ROWS["piqa"])]
+    with pytest.raises(ConfigError, match="'winobias' is on no hub; name a folder"):
+        tasks.load(tasks.find("winobias"), None)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach\nthe Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ConfigError, match=r"cannot be had \(Couldn't reach the Hub\)"):
+        tasks.load(tasks.find("piqa"), None)
+
+
 # --------------------------------------------------------------------------------- mistakes
 
 
