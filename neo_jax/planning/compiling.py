@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from neo_jax import metrics, optimizer, sharding, state, train, xla_flags
+from neo_jax import metrics, optimizer, sharding, state, train, trainable, xla_flags
 from neo_jax.config import Config
 from neo_jax.planning import hlo, predict, topologies
 from neo_jax.planning.topologies import Topology
@@ -33,7 +33,7 @@ AnyReport = TypeVar("AnyReport")
 # Rooms whose code decides what is compiled, and what is read from it.
 _COMPILED_FROM = (
     *("sharding", "attention", "model", "loss", "optimizer", "state", "train"),
-    *("xla_flags", "planning"),
+    *("int8", "lora", "trainable", "xla_flags", "planning"),
 )
 
 
@@ -117,7 +117,8 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """
     tx = optimizer.build(config.optimizer, config.train.num_steps)
     graph, _ = state.model_graph(config.model)
-    abstract = state.abstract(config.model, mesh, tx)
+    abstract = state.abstract(config.model, mesh, tx, config.finetune)
+    _, frozen = trainable.divide(state.abstract_params(config.model, mesh), config.finetune)
     shape = (config.data.batch_size, config.data.seq_len)
     place = sharding.batch_sharding(mesh, shape)
     names = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
@@ -129,7 +130,7 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     }
     step = functools.partial(train.train_step, graph=graph, config=config, tx=tx)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(abstract, batch)
+        return jax.jit(step, donate_argnums=0).lower(abstract, batch, frozen)
 
 
 def bare_product_share(topology: Topology, size: int = 8192) -> float:
