@@ -44,7 +44,7 @@ class Pretraining(Run):
 
     def __init__(self, config: Config, workdir: pathlib.Path, preemption: Preemption) -> None:
         super().__init__(config, workdir, preemption)
-        self.held_out = _held_out(config, self.tokenizer)
+        self.held_out = _held_out(config, self.tokenizer, self.eval_batch_size)
         self.benchmarks = in_loop.Benchmarks(
             config.eval, config.model, self.mesh, self.tokenizer
         )
@@ -120,13 +120,16 @@ class Pretraining(Run):
             nll, weight = self._sum_losses(params, self.frozen, self.place(batch))
             return float(nll), float(weight)
 
+        most = self.config.eval.max_batches
+        if isinstance(self.held_out, perplexity.HeldOutRows):
+            return self.held_out.evaluate(sum_losses, max_batches=most)
         return perplexity.evaluate(
             self.held_out,
             sum_losses,
             seq_len=self.config.data.seq_len,
             stride=stride,
             batch_size=self.eval_batch_size,
-            max_batches=self.config.eval.max_batches,
+            max_batches=most,
         )
 
     def sample(self, params: Params) -> str:
@@ -158,12 +161,23 @@ class Pretraining(Run):
         return sums.nll, batch["weights"].sum()
 
 
-def _held_out(config: Config, words: tokenizer.Tokenizer) -> perplexity.HeldOut:
+def _held_out(
+    config: Config, words: tokenizer.Tokenizer, batch_size: int
+) -> perplexity.HeldOut | perplexity.HeldOutRows:
     # It is read once, here: workers would take longer to start than to read it.
     data = dataclasses.replace(config.data, num_workers=0)
+    if data.record_format == "instruction":
+        # Each answer follows its own prompt and nothing else, however training packs them.
+        data = dataclasses.replace(
+            data, packing="best_fit", isolate_documents=True, batch_size=batch_size
+        )
     source = pipeline.build(data, words, seed=config.train.seed, split="eval")
     batches: Iterator[Mapping[str, np.ndarray]] = source
-    held_out = perplexity.HeldOut.collect(batches, source.num_bytes)
+    held_out = (
+        perplexity.HeldOutRows.collect(batches, words.decode, words.eos_id)
+        if data.record_format == "instruction"
+        else perplexity.HeldOut.collect(batches, source.num_bytes)
+    )
     source.close()
     return held_out
 

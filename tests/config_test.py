@@ -293,6 +293,7 @@ def test_a_wrong_pattern_is_told(value: str, words: str) -> None:
     [
         ("optimizer.learning_rate=3e-4", 3e-4),
         ("optimizer.learning_rate=1", 1.0),  # an int is a float, too
+        ("finetune.export=none", "none"),  # a name, not nothing
         ("train.num_steps=1e3", 1000),  # and a whole float an int
         ("train.num_steps=1_000", 1000),
         ("optimizer.bias_correction=false", False),

@@ -5,8 +5,6 @@ that is also learned. The other side has them as its users would write them. Err
 units of each tensor's scale.
 """
 
-import functools
-import json
 import pathlib
 from typing import Any
 
@@ -14,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
-from neo_jax import config as config_lib
-from neo_jax import hf, optimizer, sharding, state, tokenizer, train, trainable
-from neo_jax.config import Config, DataConfig, MeshConfig
+from neo_jax import hf, optimizer, sharding, state, train, trainable
+from neo_jax.config import Config, MeshConfig
 from neo_jax.data import pipeline
 from neo_jax.state import Params
+from tests.finetune_text_test import EXAMPLES, experiment, params_of, words
+from tests.finetune_text_test import path as path
 from tests.parity_test import load
 
 torch = pytest.importorskip("torch")
@@ -35,61 +33,10 @@ TARGETS = {
     "up": ("mlp", "mlp.c_fc"),
     "down": ("mlp", "mlp.c_proj"),
 }
-EXAMPLES = [
-    {"prompt": "Say yes.", "completion": " Yes."},
-    {"prompt": "Count to five, please, and do it slowly:", "completion": " one two three"},
-    {"prompt": "?", "completion": " What is it that you would like to know of me?"},
-    {"prompt": "Name a colour.\n", "completion": "Green"},
-]
-
-
-@functools.cache
-def words() -> tokenizer.Tokenizer:
-    return tokenizer.train_bpe([" ".join(row.values()) for row in EXAMPLES] * 5, 290)
-
-
-def experiment(path: pathlib.Path, packing: str = "none", **sections: dict[str, Any]) -> Config:
-    tree = config_lib.default_config()
-    tree.task = "finetune"
-    tree.model.update(num_layers=2, embed_dim=32, num_heads=4, window_size=8)
-    tree.model.update(vocab_size=words().vocab_size, max_seq_len=128, compute_dtype="float32")
-    tree.data.update(source=str(path), record_format="instruction", holdout_every=0)
-    tree.data.update(packing=packing, isolate_documents=packing != "none", seq_len=128)
-    tree.data.update(batch_size=4 if packing == "none" else 1)
-    # A large eps: Adam divides a gradient by itself, also one that is rounding error.
-    tree.optimizer.update(learning_rate=1e-3, warmup_steps=0, eps=1e-2, schedule="constant")
-    for name, changes in sections.items():
-        tree[name].update(changes)
-    return config_lib.build(tree)
-
-
 LORA = {
     "model": {"lora_rank": 4, "lora_alpha": 6.0, "lora_targets": tuple(TARGETS)},
     "finetune": {"trainable": "lora"},
 }
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("data") / "examples.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES))
-    return path
-
-
-@functools.cache
-def params_of(model: config_lib.ModelConfig) -> Params:
-    """Fresh, but for zeros: biases, scales and adapters have learned something."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    flat = traverse_util.flatten_dict(jax.device_get(state.create_params(model, mesh, 0)))
-    rng = np.random.default_rng(0)
-    return traverse_util.unflatten_dict(
-        {
-            path: leaf
-            if path[-1] == "kernel"
-            else leaf + rng.normal(0, 0.05, leaf.shape).astype(leaf.dtype)
-            for path, leaf in flat.items()
-        }
-    )
 
 
 def our_step(config: Config) -> tuple[float, Params, Params]:

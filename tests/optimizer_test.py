@@ -313,7 +313,7 @@ def test_the_norm_given_is_the_norm_used():
         ({"b2": -0.1}, "optimizer.b2"),
         ({"end_fraction": 1.5}, "optimizer.end_fraction"),
         ({"decay_steps": 3000}, "optimizer.warmup_steps"),
-        ({"learning_rate": 0.0}, "optimizer.learning_rate"),
+        ({"learning_rate": -1e-3}, "optimizer.learning_rate"),
         ({"warmup_steps": -1}, "optimizer.warmup_steps"),
     ],
 )

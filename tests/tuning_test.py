@@ -56,12 +56,14 @@ def test_it_starts_from_the_checkpoints_shape_words_and_loss(
 
 
 @pytest.mark.parametrize(
-    "trainable", [pytest.param("all", marks=pytest.mark.slow), "last_layers"]
+    "trainable", [pytest.param("all", marks=pytest.mark.slow), "last_layers", "lora"]
 )
 def test_a_killed_tuning_goes_on_to_the_digit(
     experiment, finished, tmp_path, monkeypatch, trainable: str
 ) -> None:
     how = (f"--config.finetune.trainable={trainable}", "--config.finetune.last_layers=1")
+    if trainable == "lora":
+        how += ("--config.model.lora_rank=2", "--config.model.lora_dropout=0.2")
     assert tune(experiment, finished, tmp_path / "whole", *how) == 0
     advance = Writer.advance
 

@@ -123,9 +123,14 @@ def override(tree: dict[str, Any], text: str) -> None:
         node = inner
     if key not in hints:
         raise ConfigError(_unknown_key(path, key, hints))
-    # Text stays text, also where it looks like a number: data.eval_source=2020.
+    # Text stays text, also where it looks like something else: data.eval_source=2020,
+    # model.remat=none.
     value = _literal(raw)
-    is_text = hints[key] is str or (hints[key] == str | None and value is not None)
+    hint = hints[key]
+    names = typing.get_origin(hint) is Literal and raw in typing.get_args(
+        hint
+    )  # as model.remat=none
+    is_text = hint is str or names or (hint == str | None and value is not None)
     if path in ("model", "mesh"):  # a preset's name
         is_text = True
     node[key] = raw if is_text else value

@@ -43,7 +43,7 @@ class OptimizerConfig:
     `modern` and `mtf`, the two recipes, are sets of these keys: see experiments/base.py.
     """
 
-    learning_rate: float = 6e-4  # the peak
+    learning_rate: float = 6e-4  # the peak; 0: tuning takes one for the model's size
     schedule: Literal["cosine", "mtf_cosine", "constant"] = "cosine"
     warmup_steps: int = 3000  # optimiser steps
     decay_steps: int | None = None  # step at which the cosine ends; left out: train.num_steps
@@ -60,7 +60,7 @@ class OptimizerConfig:
     spike_sigmas: float = 6.0  # standard deviations above the mean of the last values
 
     def __post_init__(self) -> None:
-        require_positive(self, "optimizer", "learning_rate eps clip_norm spike_sigmas")
+        require_positive(self, "optimizer", "eps clip_norm spike_sigmas")
         for key in ("b1", "b2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(
@@ -68,7 +68,7 @@ class OptimizerConfig:
                 )
         if not 0 <= self.end_fraction <= 1:
             raise ConfigError(f"optimizer.end_fraction={self.end_fraction} must lie in 0 … 1.")
-        for key in ("warmup_steps", "weight_decay"):
+        for key in ("learning_rate", "warmup_steps", "weight_decay"):
             if getattr(self, key) < 0:
                 raise ConfigError(
                     f"optimizer.{key}={getattr(self, key)} must not be negative."

@@ -42,6 +42,11 @@ class Config:
                 f"model.max_seq_len={self.model.max_seq_len} positions; "
                 f"lower data.seq_len to {self.model.max_seq_len} or raise model.max_seq_len."
             )
+        if self.task == "pretrain" and not self.optimizer.learning_rate:
+            raise ConfigError(
+                "optimizer.learning_rate=0 learns nothing; give the peak, as in "
+                "--config.optimizer.learning_rate=6e-4."
+            )
         if (self.finetune.trainable == "lora") != bool(self.model.lora_rank):
             raise ConfigError(
                 f"finetune.trainable={self.finetune.trainable!r} with model.lora_rank="

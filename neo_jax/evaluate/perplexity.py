@@ -12,6 +12,7 @@ definitions. Documents that are scored one by one, as benchmarks have it, are do
 Every token is scored exactly once. A window reads `seq_len` tokens and scores its last
 `stride`; with stride = seq_len windows do not overlap and the first tokens of each have
 little to go by, with a smaller one every token sees at least seq_len − stride before it.
+Answers of instructions are scored after their own prompts, and prompts are not.
 """
 
 from __future__ import annotations
@@ -49,6 +50,43 @@ class HeldOut:
         if first is None:
             raise ValueError("there is no text to evaluate.")
         return cls(np.concatenate(parts), first, num_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutRows:
+    """Texts of which a part is to be predicted, as answers are after their prompts.
+
+    `batches` are those of a pipeline: inputs, targets, weights, and what isolates documents.
+    """
+
+    batches: tuple[Mapping[str, np.ndarray], ...]
+    num_bytes: int  # of the parts that are predicted, UTF-8
+
+    @classmethod
+    def collect(
+        cls,
+        batches: Iterator[Mapping[str, np.ndarray]],
+        decode: Callable[[list[int]], str],
+        eos_id: int,
+    ) -> HeldOutRows:
+        """From an eval pipeline of isolated documents; `decode` is a tokenizer's."""
+        kept, num_bytes = tuple(batches), 0
+        for batch in kept:
+            learned = batch["targets"][batch["weights"] > 0]
+            num_bytes += len(decode(learned[learned != eos_id].tolist()).encode())
+        if not num_bytes:
+            raise ValueError("there is no text to evaluate.")
+        return cls(kept, num_bytes)
+
+    def evaluate(self, sum_losses: SumLosses, *, max_batches: int = 0) -> dict[str, float]:
+        """Scores each answer given its own prompt; figures and `max_batches` as `evaluate`."""
+        counts = [float(batch["weights"].sum()) for batch in self.batches]
+        asked = self.batches[: max_batches or None]
+        sums = [sum_losses(batch) for batch in asked]
+        scored = sum(weight for _, weight in sums)
+        loss = sum(nll for nll, _ in sums) / scored
+        bits = loss * sum(counts) / self.num_bytes / math.log(2)
+        return {"loss": loss, "bits_per_byte": bits, "tokens": scored}
 
 
 def windows(

@@ -20,6 +20,7 @@ from flax import traverse_util
 from neo_jax import hf, lora, pretrained, state, tokenizer, trainable
 from neo_jax.checkpoint.restoring import tell
 from neo_jax.config import Config, ConfigError
+from neo_jax.finetune import rates
 from neo_jax.metrics import Writer
 from neo_jax.run import Run, keep_tokenizer, load_tokenizer
 from neo_jax.state import Params
@@ -55,14 +56,14 @@ class Tuning(Run):
           ConfigError: the checkpoint's model does not fit the rest of the config.
         """
         if self.source is None:
-            return config
+            return rates.settled(config)
         # The path is kept in full: whoever reads the run may stand elsewhere.
         if self.source.is_dir() and pathlib.Path(str(config.train.init_from)).exists():
             absolute = dataclasses.replace(config.train, init_from=str(self.source.resolve()))
             config = dataclasses.replace(config, train=absolute)
         of_the_run = {key: getattr(config.model, key) for key in _OF_THE_RUN}
         shape = dataclasses.replace(pretrained.model_config(self.source), **of_the_run)
-        return dataclasses.replace(config, model=shape)
+        return rates.settled(dataclasses.replace(config, model=shape))
 
     def open_tokenizer(self) -> tokenizer.Tokenizer:
         """The checkpoint's, kept in the workdir; the config's where it has none.
