@@ -31,9 +31,6 @@ Ids = Int[Array, "batch seq"]
 Hidden = Float[Array, "batch seq embed"]
 
 
-SUBLANES = 8  # rows of a TPU's register: fewer take as long
-
-
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The type of activations; "auto" is bfloat16 on accelerators and float32 on the CPU.
 
@@ -147,22 +144,12 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Array, dropout_keys: lora.RowKeys | None = None) -> Array:
-        y = product(self.equation, x, self.kernel[...].astype(x.dtype))
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
         if self.kernel_scale is not None:
             y = y * self.kernel_scale[...].astype(x.dtype)
         if self.adapter is not None:
             y = y + self.adapter(x, dropout_keys)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-def product(equation: str, x: Array, kernel: Array, **options: Any) -> Array:
-    """`jnp.einsum` of activations [batch, seq, …] and a kernel."""
-    if x.shape[:2] != (1, 1) or target().platform != "tpu":
-        return jnp.einsum(equation, x, kernel, **options)
-    # A product of one row is left to the TPU's vector unit, which needs four times as long
-    # as reading the kernel takes; of several, it goes to the matrix unit.
-    rows = jnp.pad(x, [(0, 0), (0, SUBLANES - 1), *[(0, 0)] * (x.ndim - 2)])
-    return jnp.einsum(equation, rows, kernel, **options)[:, :1]
 
 
 def _in_int8(kernel: nnx.Param, equation: str) -> tuple[nnx.Param, nnx.Param]:

@@ -140,6 +140,30 @@ def test_the_command_talks(workdir, model, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == f"{said[0]}\n{said[1]}\n"
 
 
+def test_the_command_takes_an_assistant_and_ends_texts(workdir, model, capsys) -> None:
+    base = ["--checkpoint", str(workdir), "--prompt", "some words"]
+    (whole,) = model.generate(["some words"], max_new_tokens=9)
+    helped = ["--assistant_model", str(workdir), "--num_assistant_tokens", "3"]
+    assert command.main([*base, "--max_new_tokens", "9", *helped]) == 0
+    assert capsys.readouterr().out == whole.text + "\n"
+    ends = ["--eos_token_id", str(whole.token_ids[4]), "--json", "-"]
+    assert command.main([*base, *ends]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    stop = whole.token_ids.index(whole.token_ids[4])
+    assert record["token_ids"] == whole.token_ids[: stop + 1]
+    assert record["finish_reason"] == "stop"
+
+
+def test_an_unknown_option_of_the_command_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        command.main(["--checkpoint", "x", "--topk", "3"])
+    assert error.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "generate: there is no option --topk; did you mean --top_k?\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

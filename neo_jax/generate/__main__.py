@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import functools
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 
@@ -27,6 +29,8 @@ _EXAMPLES = """examples:
   python -m neo_jax.generate --checkpoint EleutherAI/gpt-neo-125m --prompt "Once" \\
       --max_new_tokens 100 --temperature 0.8 --top_k 40 --seed 1 --json out.json
   python -m neo_jax.generate --checkpoint runs/mine --prompts_file prompts.txt --num_beams 4
+  python -m neo_jax.generate --checkpoint runs/large --assistant_model runs/small \
+      --num_assistant_tokens 5 --prompt "Once"
   python -m neo_jax.generate --checkpoint runs/mine          (type prompts; Ctrl-D ends)
 
 A file of prompts holds one prompt a line, or JSON strings or lists of token ids (.jsonl).
@@ -54,8 +58,10 @@ _NUMBERS: dict[str, type] = {
     "logprobs": int,
     "seed": int,
     "prompt_lookup_num_tokens": int,
+    "num_assistant_tokens": int,
     "batch_size": int,
 }
+_TOKENS = "eos_token_id"  # may be given several times
 _LISTS = {"stop_strings": "text that ends a continuation", "bad_words": "text never written"}
 _CHOICES = {
     "overflow": ("refuse", "truncate_left", "interpolate"),
@@ -66,7 +72,7 @@ _CHOICES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     host_memory.keep_freed_memory()
     compilation.use_cache()
     try:
@@ -74,24 +80,48 @@ def main(argv: list[str] | None = None) -> int:
         prompts = _prompts(arguments)
         if arguments.json is not None and os.path.exists(arguments.json):
             raise ConfigError(f"--json {arguments.json} exists; give another file.")
-        model = pretrained.load(
-            arguments.checkpoint,
+        load = functools.partial(
+            pretrained.load,
             dtype=arguments.dtype,
             mesh=_mesh(arguments.mesh),
             weight_dtype=options.weight_dtype,
         )
+        model = load(arguments.checkpoint)
+        helper = arguments.assistant_model and load(arguments.assistant_model)
+        write = functools.partial(model.generate, assistant_model=helper, **_keywords(options))
         if prompts is None:
-            _talk(model, options)
+            _talk(model, write)
         else:
-            _answer(model, prompts, options, arguments.json)
+            _answer(model, write, prompts, options, arguments.json)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """One that says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"generate: {message}\n")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them."
+        parser.error(f"there is no option {name}; {hint}")
+    return arguments
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="python -m neo_jax.generate",
         description="Continue prompts with a model.",
         epilog=_EXAMPLES,
@@ -109,9 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mesh", help="devices, such as data=2,tensor=4; left out: one device"
     )
+    parser.add_argument(
+        "--assistant_model", help="a smaller model of the same tokens, which guesses"
+    )
+    parser.add_argument("--early_stopping", action="store_true", help="of beams")
     parser.add_argument("--echo", action="store_true", help="show the prompt before the text")
     for name, kind in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper())
+    parser.add_argument(
+        f"--{_TOKENS}", action="append", type=int, metavar="INT", help="token that ends a text"
+    )
     for name, meaning in _LISTS.items():
         parser.add_argument(f"--{name}", action="append", metavar="TEXT", help=meaning)
     for name, choices in _CHOICES.items():
@@ -120,8 +157,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(arguments, name) for name in (*_NUMBERS, *_LISTS, *_CHOICES)}
-    return {"echo": arguments.echo} | {k: v for k, v in given.items() if v is not None}
+    names = (*_NUMBERS, _TOKENS, *_LISTS, *_CHOICES)
+    given = {name: getattr(arguments, name) for name in names}
+    switches = {"echo": arguments.echo, "early_stopping": arguments.early_stopping}
+    return switches | {k: v for k, v in given.items() if v is not None}
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str | list[int]] | None:
@@ -155,13 +194,17 @@ def _mesh(text: str | None) -> jax.sharding.Mesh | None:
 
 
 def _answer(
-    model: LanguageModel, prompts: list[Any], options: Options, output: str | None
+    model: LanguageModel,
+    write: Callable[..., list[Written]],
+    prompts: list[Any],
+    options: Options,
+    output: str | None,
 ) -> None:
     """Continues all prompts; text streams to the screen where there is only one."""
     shows = output != "-" and model.tokenizer is not None
     streams = shows and len(prompts) * options.rows_per_prompt == 1 and not options.echo
     ids = model.token_ids(prompts, None)
-    written = model.generate(ids, stream=_show if streams else None, **_keywords(options))
+    written = write(ids, stream=_show if streams else None)
     if streams:
         print()
     each = options.num_return_sequences
@@ -200,7 +243,7 @@ def _show(_: int, piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _talk(model: LanguageModel, options: Options) -> None:
+def _talk(model: LanguageModel, write: Callable[..., list[Written]]) -> None:
     """Continues what somebody types, until the input ends."""
     if model.tokenizer is None:
         raise ConfigError(
@@ -216,7 +259,7 @@ def _talk(model: LanguageModel, options: Options) -> None:
         if not line:
             return
         try:
-            model.generate([line.rstrip("\n")], stream=_show, **_keywords(options))
+            write([line.rstrip("\n")], stream=_show)
         except ConfigError as error:
             print(error, end="")
         print()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,11 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from neo_jax.config import ModelConfig
-from neo_jax.generate import quantise
+from neo_jax.config import ConfigError, ModelConfig
+from neo_jax.generate import cache, quantise
 from neo_jax.generate.cache import Caches, LayerCache, Step
-from neo_jax.model import NeoLM, compute_dtype, product
-from neo_jax.state import Params
+from neo_jax.model import NeoLM, compute_dtype
+from neo_jax.state import Params, model_graph
+
+Path = tuple[jax.tree_util.DictKey, ...]
 
 
 class Decoder(nnx.Module):
@@ -76,23 +77,30 @@ class Decoder(nnx.Module):
           caches: of the tokens before.
         """
         x_BTD = self.embedder(ids, jnp.maximum(positions, 0))
+        if ids.size == 1:
+            x_BTD = cache.filled_up(x_BTD)
         after: list[LayerCache] = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x_BTD, step = block.remembering(x_BTD, Step(cache, positions, length))
+        for block, layer in zip(self.blocks, caches, strict=True):
+            x_BTD, step = block.remembering(x_BTD, Step(layer, positions, length))
             assert isinstance(step, Step)
             after.append(step.cache)
-        return self.ln_f(x_BTD), tuple(after)
+        return self.ln_f(x_BTD)[:, : ids.shape[1]], tuple(after)
 
     def logits(
         self, hidden: Float[Array, "batch seq embed"]
     ) -> Float[Array, "batch seq vocab"]:
         """Scores over the `vocab_size` real ids, at least float32."""
+        if hidden.shape[:2] == (1, 1):
+            return self._logits(cache.filled_up(hidden))[:, :1]
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Array) -> Array:
         if self.int8_head is not None:
             return self.int8_head(hidden.astype(jnp.float32))[..., : self.config.vocab_size]
         head = self.embedder.embedding if self.untied_head is None else self.untied_head
         float_type = jnp.promote_types(hidden.dtype, jnp.float32)
         # The padding rows are multiplied as well: cutting them off the head would copy it.
-        logits = product(
+        logits = jnp.einsum(
             "BTD,VD->BTV",
             hidden,
             head[...].astype(hidden.dtype),
@@ -121,8 +129,16 @@ def prepare(
       weight_dtype: "auto" or "int8".
       keep: False empties the tree `params` as its weights are taken out, so that no more
         than one of them is there twice.
+
+    Raises:
+      ConfigError: int8 of a model with adapters, or with int8 kernels of its own.
     """
     is_int8, dtype = weight_dtype == "int8", compute_dtype(config)
+    if is_int8 and (config.lora_rank or config.kernel_dtype == "int8"):
+        raise ConfigError(
+            "weight_dtype='int8' takes a model of plain weights; put its adapters into them "
+            "first, with neo_jax.lora.merge."
+        )
     if not is_in_layers(params):
         # int8 is made from the weights as they are, not as rounded once already.
         into = None if is_int8 else dtype
@@ -136,16 +152,32 @@ def prepare(
         graph_in_int8, state = nnx.split(decoder)
         return graph_in_int8, state
 
-    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
-        names = [str(key.key) for key in path]
-        stays = leaf.dtype == jnp.int8 or names[-1] == "scale"
-        return leaf if stays else leaf.astype(_kind(names, leaf, dtype))
-
     @jax.jit
     def weights(params: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(cast, nnx.to_pure_dict(build(params)[1]))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf.astype(_kind(path, leaf, dtype)),
+            nnx.to_pure_dict(build(params)[1]),
+        )
 
     return jax.eval_shape(build, params)[0], weights(params)
+
+
+def abstract(config: ModelConfig, weight_dtype: str) -> tuple[nnx.GraphDef[Decoder], Params]:
+    """As `prepare`, of a model that is nowhere: shapes and types of its parameters."""
+
+    def build(params: nnx.State) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+        decoder = Decoder(nnx.merge(graph, params))
+        if weight_dtype == "int8":
+            decoder.to_int8()
+        graph_of_decoder, state = nnx.split(decoder)
+        return graph_of_decoder, state
+
+    graph, variables = model_graph(config)
+    decoder_graph, state = jax.eval_shape(build, variables)
+    return decoder_graph, jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.update(dtype=_kind(path, leaf, compute_dtype(config))),
+        nnx.to_pure_dict(state),
+    )
 
 
 def is_in_layers(params: Params) -> bool:
@@ -177,7 +209,7 @@ def _in_layers(
         *modules, name = (key.key for key in path)
         owner = functools.reduce(operator.getitem, modules, params)
         leaf = owner[name] if keep else owner.pop(name)
-        kind = _kind(modules, leaf, dtype)
+        kind = _kind(path, leaf, dtype)
         if modules[:1] == ["blocks"]:
             targets, parts, modules = list(layers.values()), _split(leaf, kind), modules[1:]
         else:
@@ -190,10 +222,13 @@ def _in_layers(
     return decoder_graph, {**rest, "blocks": layers}
 
 
-def _kind(names: Sequence[str], leaf: jax.Array, dtype: jnp.dtype | None) -> jnp.dtype:
-    """The type that decoding keeps a weight in: LayerNorms stay as they are."""
-    if dtype is None or any(name.startswith("ln_") for name in names):
+def _kind(path: Path, leaf: jax.Array, dtype: jnp.dtype | None) -> jnp.dtype:
+    """The type that decoding keeps a weight in: that of the sum that it goes into."""
+    names = [str(key.key) for key in path]
+    if dtype is None or leaf.dtype == jnp.int8:
         return leaf.dtype
+    if names[-1] == "scale" or any(name.startswith("ln_") for name in names):
+        return jnp.promote_types(leaf.dtype, jnp.float32)
     return dtype
 
 
