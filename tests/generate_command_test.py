@@ -146,7 +146,7 @@ def test_the_command_takes_an_assistant_and_ends_texts(workdir, model, capsys) -
     helped = ["--assistant_model", str(workdir), "--num_assistant_tokens", "3"]
     assert command.main([*base, "--max_new_tokens", "9", *helped]) == 0
     assert capsys.readouterr().out == whole.text + "\n"
-    ends = ["--eos_token_id", str(whole.token_ids[4]), "--json", "-"]
+    ends = ["--max_new_tokens", "9", "--eos_token_id", str(whole.token_ids[4]), "--json", "-"]
     assert command.main([*base, *ends]) == 0
     (record,) = json.loads(capsys.readouterr().out)
     stop = whole.token_ids.index(whole.token_ids[4])
