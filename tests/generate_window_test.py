@@ -60,9 +60,9 @@ def decoder():
     return network.prepare(*model(), MODEL, "auto")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def read(caches, ids, positions, length):
-    network_ = nnx.merge(*decoder())
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read(graph, params, caches, ids, positions, length):
+    network_ = nnx.merge(graph, params)
     hidden, caches = network_.hidden(ids, positions, length, caches)
     return caches, network_.logits(hidden)
 
@@ -90,7 +90,11 @@ def read_all(rows: list[int], chunk: int, more: int):
         is_token = places < length[:, None]
         part = np.take_along_axis(ids, np.minimum(places, PLACES - 1), axis=1)
         caches, logits = read(
-            caches, part, np.where(is_token, places, -1), np.minimum(length, start + chunk)
+            *decoder(),
+            caches,
+            part,
+            np.where(is_token, places, -1),
+            np.minimum(length, start + chunk),
         )
         compare(logits, places, is_token)
     caches = jax.jit(cache.fit, static_argnums=2)(caches, jnp.asarray(length), 1)
@@ -100,7 +104,7 @@ def read_all(rows: list[int], chunk: int, more: int):
         is_token = places < PLACES
         part = np.take_along_axis(ids, np.minimum(places, PLACES - 1), axis=1)
         after = np.minimum(length + step + 1, PLACES)
-        caches, logits = read(caches, part, np.where(is_token, places, -1), after)
+        caches, logits = read(*decoder(), caches, part, np.where(is_token, places, -1), after)
         compare(logits, places, is_token)
     return worst / np.abs(expected()).max(), count
 

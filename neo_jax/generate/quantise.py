@@ -43,7 +43,8 @@ class Int8Linear(nnx.Module):
         self.bias = bias
         self.num_summed = len(summed)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, dropout_keys: None = None) -> Array:
+        """As `Linear`, which takes keys where it has an adapter that drops out."""
         rows = x.size * self.scale.size // self.kernel.size
         if rows == 1 and target().platform == "cpu":
             y = self._one_row(x)
