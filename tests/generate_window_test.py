@@ -31,7 +31,7 @@ MODEL = config_lib.preset_model(
 )
 
 # Of the largest logit; float32 sums in another order.
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 @functools.cache
 def model():
     graph, params = nnx.split(NeoLM(MODEL, nnx.Rngs(params=0)))
-    return graph, jax.tree.map(lambda w: w * 3, nnx.to_pure_dict(params))
+    return graph, jax.tree.map(lambda w: w * 1.5, nnx.to_pure_dict(params))
 
 
 @functools.cache
