@@ -13,6 +13,7 @@ from neo_jax import completion
 # verb: (module, what it does)
 VERBS = {
     "train": ("neo_jax.main", "train an experiment, or resume it"),
+    "finetune": ("neo_jax.finetune", "learn GLUE or SuperGLUE, several tasks and seeds"),
     "prepare": ("neo_jax.prepare", "tokenise a source once, into files that training reads"),
     "checkpoint": ("neo_jax.checkpoint", "list, describe, verify or thin out checkpoints"),
     "evaluate": ("neo_jax.evaluate", "score a model: perplexity, benchmarks, a report"),

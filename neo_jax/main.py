@@ -7,21 +7,15 @@ loss.png, tensorboard/, tokenizer.json and summary.json. The same command again 
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-
-from neo_jax import compilation, distributed, host_memory, pretrain
+from neo_jax import compilation, distributed, exits, host_memory, pretrain
 from neo_jax import config as config_lib
-from neo_jax.checkpoint import CheckpointError
-from neo_jax.config import Config, ConfigError
-from neo_jax.finetune import text
-from neo_jax.run import DivergedError
-from neo_jax.watch import EXIT_FAILED, EXIT_PREEMPTED, Preempted
+from neo_jax.config import Config
+from neo_jax.finetune import classify, text
 
 _EXAMPLES = """\
 examples:
@@ -41,12 +35,10 @@ experiments by name: {names}
 settings and their defaults: neo_jax/config/
 """
 
-# What a disk may answer while a run writes to it.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-
 TASKS: Mapping[str, Callable[[Config, pathlib.Path], None]] = {
     "pretrain": pretrain.run,
     "finetune": text.run,
+    "classify": classify.run,
 }
 
 
@@ -60,54 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         run is gone, this one ends with 69, and the same commands on all of them resume.
     """
     flags, overrides = _parse(sys.argv[1:] if argv is None else argv)
-    workdir = flags.workdir
-    try:
+    with exits.told_in_one_line():
         config = config_lib.load_experiment(flags.config, overrides)
         host_memory.keep_freed_memory()  # before JAX starts its threads
         distributed.start(flags.coordinator, flags.num_processes, flags.process_id)
         compilation.use_cache()
-        TASKS[config.task](config, workdir)
-    except (CheckpointError, DivergedError) as error:
-        _leave_if_alone(error)
-        print(f"neo_jax: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_FAILED) from None
-    except ConfigError as error:
-        print(f"neo_jax: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Preempted as error:
-        print(f"neo_jax: {error}; the same command resumes.", file=sys.stderr)
-        raise SystemExit(EXIT_PREEMPTED) from None
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"neo_jax: {error.strerror}{where}; mend that, and the same command resumes.",
-            file=sys.stderr,
-        )
-        raise SystemExit(EXIT_FAILED) from None
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # whichever XLA raises
-        _leave_if_alone(error)
-        raise
-    except KeyboardInterrupt:
-        print("neo_jax: interrupted; the same command resumes.", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _leave_if_alone(error: BaseException) -> None:
-    """Ends this process if an error means that another one of the run is gone."""
-    lost = distributed.lost_process(error)
-    if lost is None:
-        return
-    print(
-        f"neo_jax: process {jax.process_index()} of {jax.process_count()} lost another one of "
-        f"this run ({lost}); start all of them again with the same command, and they resume "
-        f"from the newest checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
-    # Not sys.exit: on the way out JAX would wait for the one that is gone.
-    os._exit(distributed.EXIT_LOST)
+        TASKS[config.task](config, flags.workdir)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -152,16 +102,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="changes one setting, as in --config.train.num_steps=100; repeatable",
     )
     known, rest = parser.parse_known_args(argv)
-    overrides = []
-    rest = list(rest)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--config."):
-            parser.error(f"unknown argument {flag!r}; settings are --config.section.key=value")
-        if "=" not in flag and rest and not rest[0].startswith("--"):
-            flag += "=" + rest.pop(0)
-        overrides.append(flag.removeprefix("--config."))
-    return known, overrides
+    return known, exits.overrides(parser, rest)
 
 
 if __name__ == "__main__":

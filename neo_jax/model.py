@@ -7,7 +7,8 @@ Every weight names its dimensions where it is born; sharding.py places them.
 Source: EleutherAI/gpt-neo, models/gpt2/gpt2.py (the network and its initial weights);
 Hugging Face transformers, models/gpt_neo/modeling_gpt_neo.py (the same network in torch).
 
-Shapes: B batch, T position, D embed, N heads, H head_dim, F mlp, V vocab (padded).
+Shapes: B batch, T position, D embed, N heads, H head_dim, F mlp, V vocab (padded),
+L label.
 """
 
 from __future__ import annotations
@@ -322,6 +323,19 @@ class Embedder(nnx.Module):
         return token_BTD + self.positions[...].astype(dtype)[positions]
 
 
+class Classifier(nnx.Module):
+    """Scores of labels from one hidden state a text, at least float32; there is no bias."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        # As transformers' initializer_range, however the network began.
+        sizes = (config.embed_dim, config.num_labels)
+        self.kernel = _normal(config, rngs, 0.02, ("embed", "labels"), sizes)
+
+    def __call__(self, x: Float[Array, "batch embed"]) -> Float[Array, "batch labels"]:
+        x_BD = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.einsum("BD,DL->BL", x_BD, self.kernel[...].astype(x_BD.dtype))
+
+
 class NeoLM(nnx.Module):
     """A GPT-Neo language model.
 
@@ -350,6 +364,7 @@ class NeoLM(nnx.Module):
                 (config.padded_vocab_size, config.embed_dim),
             )
         )
+        self.classifier = Classifier(config, rngs) if config.num_labels else None
 
     def hidden(
         self,
@@ -385,6 +400,15 @@ class NeoLM(nnx.Module):
         head_VD = self.head[: self.config.vocab_size].astype(x_BTD.dtype)
         float_type = jnp.promote_types(x_BTD.dtype, jnp.float32)
         return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=float_type)
+
+    def labels(self, hidden: Float[Array, "batch embed"]) -> Float[Array, "batch labels"]:
+        """Scores of the labels, at least float32; there is a head where `num_labels` > 0.
+
+        Args:
+          hidden: final hidden states, one for each text.
+        """
+        assert self.classifier is not None
+        return self.classifier(hidden)
 
     @property
     def head(self) -> Float[Array, "padded_vocab embed"]:

@@ -446,6 +446,19 @@ def is_workdir(source: str | os.PathLike[str]) -> bool:
     return (pathlib.Path(source) / "checkpoints").is_dir()
 
 
+def head_of(source: str | os.PathLike[str]) -> hf.Head | None:
+    """The head of any checkpoint, without reading its weights; None: a language model's.
+
+    Errors as `load`.
+    """
+    folder = locate(source)
+    if is_workdir(folder):
+        return _head_of(_config_of_workdir(folder), find_tokenizer(folder))
+    if mtf.is_checkpoint(folder) or hf.is_adapter(folder):
+        return None
+    return hf.head_from_hf(hf.read_json(folder / "config.json"))
+
+
 def find_tokenizer(checkpoint: pathlib.Path) -> Tokenizer | None:
     """The tokenizer beside a checkpoint; None where there are no tokenizer's files."""
     try:
@@ -500,6 +513,7 @@ def _read_workdir(
     """The newest checkpoint; where a run ended with its best, that one."""
     whole = _config_of_workdir(workdir)
     model, finetune = whole.model, whole.finetune
+    head = _head_of(whole, find_tokenizer(workdir))
     if dtype is not None:
         model = dataclasses.replace(model, param_dtype=dtype)  # type: ignore[arg-type]
     if mesh is None:
@@ -510,11 +524,25 @@ def _read_workdir(
     if finetune.trainable != "all" and whole.train.init_from is not None:
         base = locate(whole.train.init_from)
         check_base(workdir, base)
-        held = read(base, dtype=model.param_dtype, mesh=mesh).params
+        _, held, old_head = read(base, dtype=model.param_dtype, mesh=mesh)
+        held = held if old_head is None else held["model"]
         if model.kernel_dtype == "int8":
             held = lora.with_int8_kernels(held, abstract)
         params = trainable.join(params, trainable.divide(held, finetune)[1])
-    return hf.Pretrained(*lora.merge(params, model)[::-1], None)
+    merged, plain = lora.merge(params, model)
+    if head is None:
+        return hf.Pretrained(plain, merged, None)
+    return hf.Pretrained(*hf.with_head(plain, merged), head)
+
+
+def _head_of(config: Config, words: Tokenizer | None) -> hf.Head | None:
+    count = config.model.num_labels
+    if not count:
+        return None
+    names = config.classify.labels or tuple(f"LABEL_{label}" for label in range(count))
+    pad = config.model.vocab_size - 1 if words is None else words.eos_id
+    kind = "regression" if count == 1 else "single_label_classification"
+    return hf.Head(hf.TEXT_HEAD, names, pad_token_id=pad, problem_type=kind)
 
 
 def read_learned_adapters(workdir: pathlib.Path) -> tuple[Params, ModelConfig, str]:
@@ -563,7 +591,7 @@ def _best_step(workdir: pathlib.Path) -> int | None:
 
 def _plain(model: ModelConfig) -> ModelConfig:
     """The same without what reading merges."""
-    return dataclasses.replace(model, lora_rank=0, kernel_dtype="param")
+    return dataclasses.replace(model, lora_rank=0, kernel_dtype="param", num_labels=0)
 
 
 def _config_of_workdir(workdir: pathlib.Path) -> Config:

@@ -37,6 +37,7 @@ TABLE: Mapping[str, tuple[str, ...] | None] = {
     "vocab": ("tensor",),
     "positions": None,
     "rank": None,
+    "labels": None,
 }
 
 

@@ -52,6 +52,7 @@ WAY = (
     "stablehlo",
     "serve",
     "run",
+    "exits",
     "pretrain",
     "finetune",
     "planning",
@@ -63,6 +64,7 @@ WAY = (
     "prepare",
     "doctor",
     "generate.__main__",
+    "finetune.__main__",
     "main",
     "cli",
 )

@@ -13,6 +13,7 @@ from flax import nnx
 from neo_jax import config as config_lib
 from neo_jax import main, optimizer, prepare, sharding, state
 from neo_jax.config import Config, ConfigError, MeshConfig
+from neo_jax.finetune import __main__ as finetune
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base")
@@ -57,8 +58,8 @@ def test_the_header_tells_a_command_and_every_command_in_it_parses(name: str) ->
         if module == "prepare":
             prepare._parser().parse_args(arguments)
             continue
-        assert module == "main"
-        known, overrides = main._parse(arguments)
+        command = {"main": main, "finetune": finetune}[module]
+        known, overrides = command._parse(arguments)
         assert known.config == name and name in str(known.workdir)
         config = config_lib.load_experiment(known.config, overrides)
         assert (config == config_lib.load_experiment(name)) == (not overrides)

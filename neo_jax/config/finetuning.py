@@ -32,3 +32,36 @@ class FinetuneConfig:
         require_positive(self, "finetune", "last_layers")
         if self.patience < 0:
             raise ConfigError(f"finetune.patience={self.patience} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyConfig:
+    """Which task of GLUE or SuperGLUE is learned or asked, and how."""
+
+    name: str | None = None  # as in evaluate/glue/tasks.py: cola, sst2 … record, super_rte
+    # What `python -m neo_jax.finetune` goes through where it is given no names.
+    suite: Literal["glue", "super_glue"] = "glue"
+    # "head": a matrix on the last token; "prompt": the language model learns to write the
+    # answer; "ask": it learns nothing, and answers as it is.
+    form: Literal["head", "prompt", "ask"] = "head"
+    # Folder that holds the benchmark's own files, a folder a task; left out: TFDS.
+    folder: str | None = None
+    # How often the training split is gone through; train.num_steps, eval.every and, at most a
+    # tenth of the steps, the warm-up follow from it. 0: they are as they are given.
+    epochs: float = 3.0
+    evaluations: int = 3  # of a run with `epochs`, the last one included
+    shots: int = 0  # of "ask": answered examples before each question, drawn by train.seed
+    # Only the checkpoint's shape and words are taken: what reading has given shows beside it.
+    random_weights: bool = False
+    new_head: bool = False  # in place of the checkpoint's own, which may have other labels
+    labels: tuple[str, ...] = ()  # names of the head's outputs; the run fills them in
+
+    def __post_init__(self) -> None:
+        require_positive(self, "classify", "evaluations")
+        for key in ("epochs", "shots"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"classify.{key}={getattr(self, key)} must not be negative.")
+        if self.shots and self.form != "ask":
+            raise ConfigError(
+                f"classify.shots={self.shots} go with classify.form='ask', and only with it."
+            )

@@ -64,6 +64,7 @@ class ModelConfig:
     activation: Activation = "gelu_new"
     layer_norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    num_labels: int = 0  # scores of the head that classifies texts; 0: there is no such head
     initializer: Literal["mtf", "hf"] = "mtf"
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     # "auto": bfloat16 on TPU and GPU, float32 on CPU.
@@ -99,6 +100,8 @@ class ModelConfig:
         )
         self._check_remat()
         self._check_lora()
+        if self.num_labels < 0:
+            raise ConfigError(f"model.num_labels={self.num_labels} must not be negative.")
         if self.embed_dim % self.num_heads:
             near = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
             near = sorted(sorted(near, key=lambda n: abs(n - self.num_heads))[:4])

@@ -7,7 +7,7 @@ from typing import Literal
 
 from neo_jax.config.data import DataConfig
 from neo_jax.config.errors import ConfigError
-from neo_jax.config.finetuning import FinetuneConfig
+from neo_jax.config.finetuning import ClassifyConfig, FinetuneConfig
 from neo_jax.config.model import ModelConfig
 from neo_jax.config.training import (
     CheckpointConfig,
@@ -33,6 +33,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
 
     def __post_init__(self) -> None:
         """Checks that need two sections."""

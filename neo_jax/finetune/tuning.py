@@ -104,11 +104,15 @@ class Tuning(Run):
             base = str(self.config.train.init_from)
             hf.write_adapter(params, self.config.model, base, aside)
         else:
-            merged, plain = lora.merge(self.whole(params), self.config.model)
-            hf.write(merged, plain, aside, eos_id=self.tokenizer.eos_id)
+            self.write_model(params, aside)
         hf.write_tokenizer(self.tokenizer, aside, self.config.model.max_seq_len)
         shutil.rmtree(folder, ignore_errors=True)
         return aside.rename(folder)
+
+    def write_model(self, params: Params, folder: pathlib.Path) -> None:
+        """Writes a language model for transformers, adapters merged."""
+        merged, plain = lora.merge(self.whole(params), self.config.model)
+        hf.write(merged, plain, folder, eos_id=self.tokenizer.eos_id)
 
     def initial_params(self) -> tuple[Params, Params]:
         """The checkpoint's parameters, and fresh ones where it has none."""
@@ -143,13 +147,21 @@ class Tuning(Run):
     def _read(self) -> Params:
         """All of the checkpoint's parameters, where they will lie."""
         assert self.source is not None
-        model = pretrained.read(
+        _, params, head = pretrained.read(
             self.source, dtype=self.config.model.param_dtype, mesh=self.mesh
         )
+        if head is not None:
+            keeps_head = self.keeps_head(head)
+            params = params["model"] | ({"classifier": params["head"]} if keeps_head else {})
         if self.config.model.kernel_dtype == "param":
-            return model.params
+            return params
         like = state.abstract_params(self.config.model, self.mesh)
-        return lora.with_int8_kernels(model.params, like)
+        return lora.with_int8_kernels(params, like)
+
+    def keeps_head(self, head: hf.Head) -> bool:
+        """Whether the checkpoint's head, which is no language model's, is used."""
+        del head
+        return False
 
     def _locate(self, config: Config) -> pathlib.Path | None:
         if config.train.init_from is not None:

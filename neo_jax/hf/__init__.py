@@ -8,6 +8,7 @@ way back. configs.py and names.py say what is what, reading.py and writing.py mo
 from neo_jax.hf.adapters import adapter_base, is_adapter, read_adapter, write_adapter
 from neo_jax.hf.configs import (
     HEADS,
+    TEXT_HEAD,
     Head,
     config_from_hf,
     config_to_hf,
@@ -16,12 +17,13 @@ from neo_jax.hf.configs import (
     read_json,
 )
 from neo_jax.hf.heads import head_logits, last_token
-from neo_jax.hf.names import abstract_params, from_hf, name_table, to_hf
+from neo_jax.hf.names import abstract_params, from_hf, name_table, to_hf, with_head
 from neo_jax.hf.reading import Pretrained, read, resolve
 from neo_jax.hf.writing import copy_tokenizer, push_to_hub, write, write_tokenizer
 
 __all__ = [
     "HEADS",
+    "TEXT_HEAD",
     "Head",
     "Pretrained",
     "abstract_params",
@@ -42,6 +44,7 @@ __all__ = [
     "read_json",
     "resolve",
     "to_hf",
+    "with_head",
     "write",
     "write_adapter",
     "write_tokenizer",

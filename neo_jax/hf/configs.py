@@ -143,9 +143,10 @@ class Head(NamedTuple):
     problem_type: str | None = None
 
 
+TEXT_HEAD = "GPTNeoForSequenceClassification"
 # transformers' class: the module's name, and whether it has a bias.
 HEADS: Mapping[str, tuple[str, bool]] = {
-    "GPTNeoForSequenceClassification": ("score", False),
+    TEXT_HEAD: ("score", False),
     "GPTNeoForTokenClassification": ("classifier", True),
     "GPTNeoForQuestionAnswering": ("qa_outputs", True),
 }

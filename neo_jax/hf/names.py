@@ -110,6 +110,16 @@ def abstract_params(
     )
 
 
+def with_head(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """A `NeoLM` with a classifier as the network and its head, the form that `to_hf` takes.
+
+    A language model's own head that is not tied is left out, as transformers leaves it out.
+    """
+    network = {k: v for k, v in params.items() if k not in ("classifier", "untied_head")}
+    shape = dataclasses.replace(config, num_labels=0, tie_embeddings=True)
+    return shape, {"model": network, "head": params["classifier"]}
+
+
 def _abstract_head(config: ModelConfig, head: Head, mesh: Mesh | None) -> Params:
     def leaf(*axes: str | None) -> jax.ShapeDtypeStruct:
         shape = tuple(config.embed_dim if axis else len(head.labels) for axis in axes)

@@ -28,6 +28,10 @@ _TFDS_NAMES = {
 _Row = Mapping[str, Any]
 
 
+class MissingSplit(ConfigError):
+    """A task's split is not there; the message says where it was looked for."""
+
+
 def read(task: Task, split: str, folder: pathlib.Path) -> list[Example]:
     """Examples of official files.
 
@@ -37,8 +41,9 @@ def read(task: Task, split: str, folder: pathlib.Path) -> list[Example]:
       folder: holds a folder for each task, or is the task's own.
 
     Raises:
-      ConfigError: no such file (the paths tried are listed), a missing column (those that are
-        there are listed), or a label that the task does not know; one line with the row.
+      MissingSplit: no such file; the paths tried are listed.
+      ConfigError: a missing column (those that are there are listed), or a label that the
+        task does not know; one line with the row.
     """
     examples: list[Example] = []
     for path in _find(task, split, folder):
@@ -54,13 +59,13 @@ def read_tfds(task: Task, split: str, tfds_dir: pathlib.Path) -> list[Example]:
     """Examples of a set that TFDS prepared as ArrayRecord; needs no TensorFlow.
 
     Raises:
-      ConfigError: it is not prepared there; the folder tried is named.
+      MissingSplit: it is not prepared there; the folder tried is named.
     """
     name = _TFDS_NAMES.get(task.name, f"{task.suite}/{task.name}")
     root = tfds_dir.expanduser() / name
     versions = sorted(root.glob("*/dataset_info.json"))
     if not versions:
-        raise ConfigError(
+        raise MissingSplit(
             f"{task.title}: TFDS has not prepared {name}; tried {root}/*/dataset_info.json. "
             f"Build it where TensorFlow is installed: "
             f"python -m neo_jax.prepare --build_tfds {name}"
@@ -72,7 +77,7 @@ def read_tfds(task: Task, split: str, tfds_dir: pathlib.Path) -> list[Example]:
     builder = tfds.builder_from_directory(str(versions[-1].parent))
     if split not in builder.info.splits:
         have = ", ".join(builder.info.splits)
-        raise ConfigError(f"{task.title}: {name} has no split {split!r}; there are {have}.")
+        raise MissingSplit(f"{task.title}: {name} has no split {split!r}; there are {have}.")
     return [
         _of_tfds(task, dict(row), f"{name} row {number}")
         for number, row in enumerate(builder.as_data_source(split))
@@ -86,7 +91,7 @@ def _find(task: Task, split: str, folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of a split; several where the official one was published in parts."""
     if split not in task.files:
         have = ", ".join(task.files)
-        raise ConfigError(f"{task.title} has no split {split!r}; there are {have}.")
+        raise MissingSplit(f"{task.title} has no split {split!r}; there are {have}.")
     places = [folder / name for name in task.folders] + [folder]
     tried: list[str] = []
     for place in places:
@@ -95,7 +100,7 @@ def _find(task: Task, split: str, folder: pathlib.Path) -> list[pathlib.Path]:
             if all(path.is_file() for path in paths):
                 return paths
             tried.extend(str(path) for path in paths)
-    raise ConfigError(f"{task.title}: no {split} file found; tried {', '.join(tried)}.")
+    raise MissingSplit(f"{task.title}: no {split} file found; tried {', '.join(tried)}.")
 
 
 def _tsv_rows(task: Task, path: pathlib.Path) -> Iterator[tuple[str, _Row]]:
