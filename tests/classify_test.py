@@ -227,10 +227,8 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     mine = experiment(folder, learned, "glue" if name == "sst2" else "super_glue", tmp_path)
     more = [f"--config.classify.{change}"] if change else []
+    arguments = ["--config", mine, "--workdir", str(tmp_path / "run"), *more]
     with pytest.raises(SystemExit) as exit_:
-        main.main(
-            ["--config", mine, "--workdir", str(tmp_path / "run")]
-            + [f"--config.classify.name={name}", *more]
-        )
+        main.main([*arguments, f"--config.classify.name={name}"])
     assert exit_.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
