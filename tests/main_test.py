@@ -310,7 +310,7 @@ def test_help_shows_examples_that_parse(capsys):
         flags, overrides = main._parse(example.split("#")[0].split())
         name = flags.config
         config_lib.load_experiment(str(ROOT / name) if "/" in name else name, overrides)
-    assert "cpu_smoke, neo_125m" in text
+    assert "neo_125m, neo_1p3b" in text
 
 
 def test_both_ways_of_writing_an_override_mean_the_same():
