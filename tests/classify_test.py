@@ -137,9 +137,13 @@ def test_a_run_ends_with_official_figures_files_and_its_best(learned) -> None:
     assert all(json.loads(line)["label"] in TASKS["cb"].labels for line in sent)
 
 
-def test_a_killed_run_goes_on_to_the_digit(
-    folder, base, learned, tmp_path, monkeypatch
-) -> None:
+# Nothing moves, and batches of another size are judged.
+STILL = ("--config.classify.epochs=0", "--config.train.num_steps=1", "--config.eval.every=0")
+STILL += ("--config.optimizer.learning_rate=1e-12", "--config.eval.batch_size=3")
+
+
+def killed(folder, base, workdir: pathlib.Path, monkeypatch, *how: str) -> None:
+    """A run that is killed after a step, and typed again."""
     advance = Writer.advance
 
     def stop(writer: Writer, step: int) -> None:
@@ -150,11 +154,37 @@ def test_a_killed_run_goes_on_to_the_digit(
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "advance", stop)
         with pytest.raises(Stopped):
-            learn(folder, base, tmp_path / "cb", "cb")
-    assert learn(folder, base, tmp_path / "cb", "cb") == 0
+            learn(folder, base, workdir, "cb", *how)
+    assert learn(folder, base, workdir, "cb", *how) == 0
+
+
+def test_a_killed_run_goes_on_to_the_digit(
+    folder, base, learned, tmp_path, monkeypatch
+) -> None:
+    killed(folder, base, tmp_path / "cb", monkeypatch)
     assert lines(tmp_path / "cb") == lines(learned)
     sent = "submission/CB.jsonl"
     assert (tmp_path / "cb" / sent).read_text() == (learned / sent).read_text()
+
+
+LORA = ("--config.finetune.trainable=lora", "--config.model.lora_rank=2")
+LORA += ("--config.model.lora_dropout=0.2",)
+LAST = ("--config.finetune.trainable=last_layers", "--config.finetune.last_layers=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [LORA, LAST, ("--config.classify.form=prompt",)])
+def test_each_way_of_learning_goes_on_after_a_kill_and_is_read_back(
+    how, folder, base, tmp_path, monkeypatch
+) -> None:
+    assert learn(folder, base, tmp_path / "whole", "cb", *how) == 0
+    killed(folder, base, tmp_path / "killed", monkeypatch, *how)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    form = [part for part in how if "form" in part]
+    assert learn(folder, tmp_path / "whole", tmp_path / "again", "cb", *STILL, *form) == 0
+    for figure in ("score", "loss"):
+        again, before = (summary(tmp_path / name)[figure] for name in ("again", "whole"))
+        assert again == pytest.approx(before, rel=1e-5)
 
 
 def test_transformers_labels_alike_and_its_checkpoint_is_judged_alike(
@@ -176,7 +206,7 @@ def test_transformers_labels_alike_and_its_checkpoint_is_judged_alike(
     still += ("--config.optimizer.learning_rate=1e-12", "--config.eval.batch_size=3")
     for number, source in enumerate((learned / "hf", learned)):
         workdir = tmp_path / str(number)
-        assert learn(folder, source, workdir, "cb", *still) == 0
+        assert learn(folder, source, workdir, "cb", *STILL) == 0
         assert summary(workdir)["score"] == summary(learned)["score"]
         assert summary(workdir)["loss"] == pytest.approx(summary(learned)["loss"], rel=1e-5)
 
