@@ -21,6 +21,8 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this machine only compiles
 
+import tqdm
+
 from neo_jax import config as config_lib
 from neo_jax.config import Config, ConfigError
 from neo_jax.generate.options import Options
@@ -178,10 +180,11 @@ def _search(
         file=sys.stderr,
     )
     reports = []
-    for number, candidate in enumerate(chosen, 1):
-        print(f"  {number} of {len(chosen)}: {candidate}", file=sys.stderr)
-        reports.append(_compile(candidate.config, topology, cache))
-        print(f"     {show.one_line(reports[-1])}", file=sys.stderr)
+    with tqdm.tqdm(chosen, unit="candidate", leave=False) as bar:
+        for number, candidate in enumerate(bar, 1):
+            bar.write(f"  {number} of {len(chosen)}: {candidate}", file=sys.stderr)
+            reports.append(_compile(candidate.config, topology, cache))
+            bar.write(f"     {show.one_line(reports[-1])}", file=sys.stderr)
     return reports
 
 

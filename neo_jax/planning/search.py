@@ -54,24 +54,33 @@ class _Remat:
     """What a policy keeps of a layer, in bytes a token and embed entry, and does again.
 
     Attributes:
+      policy: as `model.remat`.
+      save: as `model.remat_save`.
       kept: bytes, of bfloat16 arrays: 2 is one array [batch, seq, embed].
       again: share of the forward pass that is computed twice.
     """
 
+    policy: str
+    save: tuple[str, ...]
     kept: float
     again: float
 
 
+_QKV = ("query", "key", "value")
+# A layer's products are 12 of embed²: query, key, value and out one each, up and down four.
 # "none" keeps every intermediate: of embed size x, ln_1, q, k, v, context, out, sum, ln_2,
-# down, sum; of 4 × embed up, its activation and what its derivative needs.
-REMAT = {
-    "none": _Remat(kept=2 * 11 + 8 * 3, again=0.0),
-    "full": _Remat(kept=1, again=1.0),  # one array for each period of two layers
-    # Query, key, value, context and its output, up; the products are not done again.
-    "minimal": _Remat(kept=2 * 6 + 8, again=0.1),
-    # Query, key, value and context.
-    "custom": _Remat(kept=2 * 4 + 1, again=0.6),
-}
+# down, sum; of 4 × embed up, its activation and what its derivative needs. Of each period of
+# two layers all others keep what enters it; its last "down" is never done again.
+REMAT = (
+    _Remat("none", (), kept=2 * 11 + 8 * 3, again=0.0),
+    _Remat("full", (), kept=1, again=0.9),
+    _Remat("custom", ("context", "attention_out", "residual"), kept=6, again=7 / 12),
+    _Remat("custom", (*_QKV, "context"), kept=9, again=7 / 12),
+    # Query, key and value are cheap to do again: kept, they are copied for the kernel.
+    _Remat("custom", ("context", "attention_out", "residual", "mlp_up"), 14, again=3 / 12),
+    # The same and up: products are not done again.
+    _Remat("minimal", (), kept=20, again=0.05),
+)
 
 
 def candidates(config: Config, topology: Topology) -> list[Candidate]:
@@ -162,9 +171,11 @@ def _settings(config: Config, topology: Topology) -> Iterator[Config]:
             slices=topology.num_slices, data=data, fsdp=fsdp, tensor=tensor
         )
         for steps, remat in itertools.product(_powers(rows), REMAT):
-            how: dict[str, Any] = {"remat": remat, "remat_save": (), "remat_offload": ()}
-            if remat == "custom":
-                how["remat_save"] = ("query", "key", "value", "context")
+            how: dict[str, Any] = {
+                "remat": remat.policy,
+                "remat_save": remat.save,
+                "remat_offload": (),
+            }
             yield dataclasses.replace(
                 config,
                 mesh=mesh,
@@ -185,7 +196,8 @@ def _estimate(config: Config, topology: Topology, weights: int) -> Candidate:
     slices = config.train.accumulation_steps
     tokens = rows // slices * config.data.seq_len  # of a device, in one slice
     table = model.padded_vocab_size * model.embed_dim
-    remat, layer = REMAT[model.remat], (weights - table) / model.num_layers
+    layer = (weights - table) / model.num_layers
+    remat = next(r for r in REMAT if (r.policy, r.save) == (model.remat, model.remat_save))
 
     held = 12 * weights / shards  # float32 parameters and two moments
     held += (4 if slices == 1 else 8) * weights / shards  # gradients, and their sum
@@ -194,7 +206,7 @@ def _estimate(config: Config, topology: Topology, weights: int) -> Candidate:
     held += len(model.attention_types) * layer * (2 * 2 + 4) / mesh.tensor
     held += remat.kept * tokens * model.embed_dim * model.num_layers
     # A layer's intermediates while its backward pass runs.
-    held += REMAT["none"].kept * tokens * model.embed_dim * len(model.attention_types)
+    held += REMAT[0].kept * tokens * model.embed_dim * len(model.attention_types)
     block = min(config.loss.block_size, config.data.seq_len) / config.data.seq_len
     held += 10 * tokens * block * model.padded_vocab_size / mesh.tensor  # a block of logits
     held += (4 + 4) * table / mesh.tensor + 4 * tokens * model.embed_dim  # its gradients
