@@ -28,7 +28,8 @@ import jax
 import numpy as np
 import tqdm
 
-from neo_jax.config import Config, ConfigError, ModelConfig
+from neo_jax.config import Config, ConfigError, FinetuneConfig, ModelConfig
+from neo_jax.state import EVERYTHING
 
 # ---------------------------------------------------------------------------------- speed
 
@@ -40,27 +41,41 @@ class FlopsPerToken(NamedTuple):
     exact: float  # only the keys that causality and the window let a query see
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> FlopsPerToken:
+def flops_per_token(
+    model: ModelConfig, seq_len: int, finetune: FinetuneConfig = EVERYTHING
+) -> FlopsPerToken:
     """Arithmetic that the model itself needs; recomputation does not count.
 
     Both are 6 per weight of a matrix product (the unpadded output head among them; biases,
     LayerNorm and the tables that are only looked up do no products), plus 12 × embed per key
-    and layer for the scores and the mixing of values.
+    and layer for the scores and the mixing of values; a third of each is the forward pass.
+    Frozen weights have no gradients, which spares 2 of the 6, and nothing goes backward below
+    the lowest layer that learns.
     Source of the first: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B.
 
     Args:
       model: the shape.
       seq_len: tokens.
+      finetune: which weights are learned.
     """
     L, D, S = model.num_layers, model.embed_dim, seq_len
-    weights = L * (4 * D * D + 2 * D * model.mlp_dim) + model.vocab_size * D
+    widths = {"up": D + model.mlp_dim, "down": D + model.mlp_dim}
+    layer, head = 4 * D * D + 2 * D * model.mlp_dim, model.vocab_size * D
+    is_all, is_part = (finetune.trainable == kind for kind in ("all", "last_layers"))
+    passed = min(finetune.last_layers, L) if is_part else L  # layers with a backward pass
+    learned = 0 if finetune.trainable == "lora" else passed
+    products = (2 * L + 2 * passed + 2 * learned) * layer + (6 if is_all else 4) * head
+    products += 6 * L * model.lora_rank * sum(widths.get(t, 2 * D) for t in model.lora_targets)
 
     def mean_keys(kind: str) -> float:
         window = min(model.window_size, S) if kind == "local" else S
         return (window * (window + 1) / 2 + (S - window) * window) / S
 
-    seen = sum(mean_keys(kind) for kind in model.layer_types)
-    return FlopsPerToken(palm=6 * weights + 12 * L * D * S, exact=6 * weights + 12 * D * seen)
+    seen = [mean_keys(kind) for kind in model.layer_types]
+    return FlopsPerToken(
+        palm=products + 4 * D * S * (L + 2 * passed),
+        exact=products + 4 * D * (sum(seen) + 2 * sum(seen[L - passed :])),
+    )
 
 
 # Name of a JAX device, peak TFLOP/s of dense bfloat16 products a chip, JAX devices a chip.

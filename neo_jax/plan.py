@@ -24,6 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this machine only compiles
 import tqdm
 
 from neo_jax import config as config_lib
+from neo_jax import pretrained
 from neo_jax.config import Config, ConfigError
 from neo_jax.generate.options import Options
 from neo_jax.planning import compiling, decoding, search, show, topologies
@@ -42,6 +43,11 @@ examples:
         --config.mesh.data=2 --config.model.remat=full
   how fast would it write, 16 texts side by side?
     python -m neo_jax.plan --config neo_2p7b --topology v5e-1 --decode --batch_size 16
+  does tuning fit? adapters of the 2.7B model beside bfloat16 kernels on one chip:
+    python -m neo_jax.plan --config finetune_text --topology v5e-1 \\
+        --config.model=neo_2p7b --config.model.param_dtype=bfloat16 \\
+        --config.model.remat=full --config.model.lora_rank=8 \\
+        --config.finetune.trainable=lora --config.data.batch_size=4
   where does every tensor lie?
     python -m neo_jax.plan --config neo_125m --topology v5e-8 --show_sharding
 
@@ -76,6 +82,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     topology = topologies.parse(arguments.topology, arguments.num_slices)
     topologies.libtpu_version()  # told before anything else is begun
     config = config_lib.load_experiment(arguments.config, overrides)
+    if config.task != "pretrain" and config.train.init_from is not None:
+        config = tuning.with_shape(config, pretrained.locate(config.train.init_from))
     output = None if arguments.json is None else pathlib.Path(arguments.json)
     _refuse_to_overwrite(output)
     print(topology)

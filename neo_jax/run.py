@@ -106,7 +106,9 @@ class Run(abc.ABC):
         self.tokenizer = self.open_tokenizer()
         self.data = self.open_data()
         self.throughput = Throughput(
-            flops_per_token=flops_per_token(config.model, config.data.seq_len),
+            flops_per_token=flops_per_token(
+                config.model, config.data.seq_len, config.finetune
+            ),
             peak_flops=peak_flops(self.mesh.devices.flat[0].device_kind),
             num_devices=self.mesh.size,
         )

@@ -1,5 +1,6 @@
 """What a run leaves to read: counts, speeds with a clock we hold, files, resuming."""
 
+import dataclasses
 import io
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 
 from neo_jax import config as config_lib
 from neo_jax import metrics
-from neo_jax.config import ConfigError
+from neo_jax.config import ConfigError, FinetuneConfig
 
 
 class Clock:
@@ -71,6 +72,23 @@ def test_exact_flops_count_the_keys_that_the_masks_let_through(seq_len):
     weights = (counted.palm - 12 * 3 * model.embed_dim * seq_len) / 6
     assert weights == 3 * 12 * model.embed_dim**2 + model.vocab_size * model.embed_dim
     np.testing.assert_allclose(counted.exact, 6 * weights + 12 * model.embed_dim * keys)
+
+
+def test_frozen_weights_spare_their_gradients():
+    model = config_lib.preset_model("tiny", num_layers=2, attention_types=["global"])
+    adapted = dataclasses.replace(model, lora_rank=3, lora_targets=("key", "up"))
+    D, S = model.embed_dim, 10
+    layer, head, keys = 12 * D**2, model.vocab_size * D, (S + 1) / 2
+
+    def spared(shape, trainable, last_layers=1):
+        how = FinetuneConfig(trainable=trainable, last_layers=last_layers)
+        counted = metrics.flops_per_token(shape, S, how)
+        return metrics.flops_per_token(model, S).exact - counted.exact
+
+    assert spared(model, "last_layers", 2) == 2 * head
+    assert spared(model, "last_layers", 1) == 2 * head + 4 * layer + 8 * D * keys
+    adapters = 2 * 3 * (2 * D + 5 * D)
+    assert spared(adapted, "lora") == 2 * head + 4 * layer - 6 * adapters
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,25 @@ def test_no_more_hbm_than_before(case: str, planned: dict[str, object]) -> None:
 
 @needs_compiler
 @pytest.mark.slow
+def test_adapters_of_the_largest_model_fit_one_chip_of_16_gb(output: pathlib.Path) -> None:
+    argv = [
+        "--config=finetune_text",
+        "--topology=v5e-1",
+        "--config.model=neo_2p7b",
+        "--config.model.param_dtype=bfloat16",
+        "--config.model.remat=full",
+        "--config.model.lora_rank=8",
+        "--config.finetune.trainable=lora",
+        "--config.data.batch_size=4",
+        "--config.data.seq_len=2048",
+    ]
+    assert plan.main([*argv, *arguments(output)]) == 0
+    report = json.loads(output.read_text())
+    assert report["fits"] is True and report["hbm_gib"] < report["hbm_limit_gib"] < 16
+
+
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "more"),
     [
@@ -285,7 +304,8 @@ def test_the_resolved_config_names_what_a_step_depends_on(
     topology = topologies.parse("v5e-16")
     config = config_lib.load_experiment("neo_125m")
     same = config_lib.load_experiment("neo_125m", ["data.source=other", "train.seed=3"])
-    other = config_lib.load_experiment("neo_125m", ["data.batch_size=8"])
     assert compiling.key(config, topology) == compiling.key(same, topology)
-    assert compiling.key(config, topology) != compiling.key(other, topology)
+    for change in ("data.batch_size=8", "finetune.trainable=last_layers"):
+        other = config_lib.load_experiment("neo_125m", [change])
+        assert compiling.key(config, topology) != compiling.key(other, topology)
     assert compiling.key(config, topology) != compiling.key(config, topologies.parse("v5e-32"))

@@ -34,6 +34,27 @@ _OF_THE_RUN = (
 )
 
 
+def with_shape(config: Config, source: pathlib.Path | None) -> Config:
+    """The config with the shape of a checkpoint's model.
+
+    Args:
+      config: says how the model is computed, and what is added to it.
+      source: where the checkpoint lies; None leaves the config as it is.
+
+    Raises:
+      ConfigError: the checkpoint cannot be read, or does not fit the rest of the config.
+    """
+    if source is None:
+        return config
+    # The path is kept in full: whoever reads the run may stand elsewhere.
+    if source.is_dir() and pathlib.Path(str(config.train.init_from)).exists():
+        absolute = dataclasses.replace(config.train, init_from=str(source.resolve()))
+        config = dataclasses.replace(config, train=absolute)
+    of_the_run = {key: getattr(config.model, key) for key in _OF_THE_RUN}
+    shape = dataclasses.replace(pretrained.model_config(source), **of_the_run)
+    return dataclasses.replace(config, model=shape)
+
+
 class Tuning(Run):
     """A run from a trained model; it ends with the best checkpoint, not the last.
 
@@ -55,15 +76,7 @@ class Tuning(Run):
         Raises:
           ConfigError: the checkpoint's model does not fit the rest of the config.
         """
-        if self.source is None:
-            return rates.settled(config)
-        # The path is kept in full: whoever reads the run may stand elsewhere.
-        if self.source.is_dir() and pathlib.Path(str(config.train.init_from)).exists():
-            absolute = dataclasses.replace(config.train, init_from=str(self.source.resolve()))
-            config = dataclasses.replace(config, train=absolute)
-        of_the_run = {key: getattr(config.model, key) for key in _OF_THE_RUN}
-        shape = dataclasses.replace(pretrained.model_config(self.source), **of_the_run)
-        return rates.settled(dataclasses.replace(config, model=shape))
+        return rates.settled(with_shape(config, self.source))
 
     def open_tokenizer(self) -> tokenizer.Tokenizer:
         """The checkpoint's, kept in the workdir; the config's where it has none.

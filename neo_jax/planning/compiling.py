@@ -194,7 +194,7 @@ def _report(
     if prediction is not None:
         tokens = config.data.batch_size * config.data.seq_len
         rates["tokens"] = tokens / prediction.seconds / topology.chips
-        flops = metrics.flops_per_token(config.model, config.data.seq_len)
+        flops = metrics.flops_per_token(config.model, config.data.seq_len, config.finetune)
         peak = topology.generation.peak_flops
         rates["exact"] = rates["tokens"] * flops.exact / peak
         rates["palm"] = rates["tokens"] * flops.palm / peak
@@ -274,6 +274,8 @@ def key(config: Config, topology: Topology) -> str:
     """Of what is asked: what a step is compiled from, the topology, the compiler."""
     tree = dataclasses.asdict(on_slices(config, topology))
     asked = {name: tree[name] for name in ("model", "mesh", "optimizer", "loss")}
+    finetune = ("trainable", "last_layers")
+    asked["finetune"] = {name: tree["finetune"][name] for name in finetune}
     data = ("seq_len", "batch_size", "isolate_documents")
     asked["data"] = {name: tree["data"][name] for name in data}
     asked["accumulation_steps"] = config.train.accumulation_steps

@@ -13,8 +13,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+from flax import nnx
+
 from neo_jax import config as config_lib
-from neo_jax import metrics, sharding, state
+from neo_jax import metrics, sharding, state, trainable
 from neo_jax.config import Config, ConfigError
 from neo_jax.planning.compiling import GIB, Report
 from neo_jax.planning.topologies import Topology, parse
@@ -89,8 +92,11 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     Raises:
       ConfigError: none does.
     """
-    weights = state.num_params(config.model)
-    found = [_estimate(changed, topology, weights) for changed in _settings(config, topology)]
+    weights, learned = state.num_params(config.model), _num_learned(config)
+    found = [
+        _estimate(changed, topology, weights, learned)
+        for changed in _settings(config, topology)
+    ]
     if not found:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} has no share for each of the "
@@ -189,7 +195,13 @@ def _powers(limit: int) -> list[int]:
     return [2**n for n in range(limit.bit_length()) if limit % 2**n == 0]
 
 
-def _estimate(config: Config, topology: Topology, weights: int) -> Candidate:
+def _num_learned(config: Config) -> int:
+    _, params = state.model_graph(config.model)
+    learned, _ = trainable.divide(nnx.to_pure_dict(params), config.finetune)
+    return sum(leaf.size for leaf in jax.tree.leaves(learned))
+
+
+def _estimate(config: Config, topology: Topology, weights: int, learned: int) -> Candidate:
     model, mesh, chip = config.model, config.mesh, topology.generation
     shards = mesh.fsdp * mesh.tensor
     rows = config.data.batch_size // (mesh.data * mesh.fsdp * mesh.slices)
@@ -199,8 +211,10 @@ def _estimate(config: Config, topology: Topology, weights: int) -> Candidate:
     layer = (weights - table) / model.num_layers
     remat = next(r for r in REMAT if (r.policy, r.save) == (model.remat, model.remat_save))
 
-    held = 12 * weights / shards  # float32 parameters and two moments
-    held += (4 if slices == 1 else 8) * weights / shards  # gradients, and their sum
+    held = 12 * learned / shards  # float32 parameters and two moments
+    held += (4 if slices == 1 else 8) * learned / shards  # gradients, and their sum
+    if model.param_dtype == "float32":  # beside those in bfloat16, below
+        held += 4 * max(0, weights - learned) / shards
     held += 2 * weights / shards  # parameters in bfloat16
     # Two periods of gathered weights, one in use and one on its way, and one of gradients.
     held += len(model.attention_types) * layer * (2 * 2 + 4) / mesh.tensor
@@ -211,7 +225,7 @@ def _estimate(config: Config, topology: Topology, weights: int) -> Candidate:
     held += 10 * tokens * block * model.padded_vocab_size / mesh.tensor  # a block of logits
     held += (4 + 4) * table / mesh.tensor + 4 * tokens * model.embed_dim  # its gradients
 
-    flops = metrics.flops_per_token(model, config.data.seq_len).exact
+    flops = metrics.flops_per_token(model, config.data.seq_len, config.finetune).exact
     per_device = flops * (1 + remat.again / 3) * tokens * slices / mesh.tensor
     busy = per_device / (chip.peak_flops / chip.devices * _PRODUCT_EFFICIENCY)
     link = 2 * chip.link_bytes_per_second / chip.devices

@@ -41,7 +41,7 @@ def one_line(report: Report) -> str:
 
 def report_text(report: Report, config: Config) -> str:
     """A report as a short page."""
-    flops = metrics.flops_per_token(config.model, report.seq_len)
+    flops = metrics.flops_per_token(config.model, report.seq_len, config.finetune)
     mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items() if size > 1)
     lines = [
         f"mesh {mesh or 'of one device'}; {report.batch_size} sequences of {report.seq_len} a "
