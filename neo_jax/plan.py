@@ -26,6 +26,7 @@ import tqdm
 from neo_jax import config as config_lib
 from neo_jax import pretrained
 from neo_jax.config import Config, ConfigError
+from neo_jax.finetune import tuning
 from neo_jax.generate.options import Options
 from neo_jax.planning import compiling, decoding, search, show, topologies
 from neo_jax.planning.compiling import AnyReport, Report

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from neo_jax import config as config_lib
-from neo_jax import plan
+from neo_jax import hf, plan
 from neo_jax.config import ConfigError
 from neo_jax.planning import compiling, topologies
 
@@ -134,6 +134,18 @@ def test_where_tensors_lie_is_printed_without_compiling(
     text = capsys.readouterr().out
     assert "4 chips" in text and "fsdp 4" in text
     assert "embed 768 ÷ fsdp 4" in text
+
+
+def test_tuning_is_planned_in_the_checkpoints_shape(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(topologies, "libtpu_version", lambda: "0.0")
+    shape = config_lib.preset_model("neo_1p3b", num_layers=2)
+    (tmp_path / "config.json").write_text(json.dumps(hf.config_to_hf(shape)))
+    argv = ["--config=finetune_text", f"--config.train.init_from={tmp_path}"]
+    assert plan.main([*argv, "--topology=v5e-4", "--show_sharding"]) == 0
+    assert "embed 2048 ÷ fsdp 4" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------- real compiler
