@@ -91,6 +91,10 @@ def test_only_the_last_layers_move_and_are_kept(experiment, finished, tmp_path) 
         assert leaf.shape == (1, *old.shape[1:])
         assert not np.array_equal(leaf[0], old[1])
     assert state.num_bytes(kept) < state.num_bytes(before)
+    # Read as a model it is whole: the checkpoint's lower layer and the learned one.
+    whole = neo_jax.load(workdir).params["blocks"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(whole[0], before["blocks"]["mlp"]["up"]["kernel"][0])
+    np.testing.assert_array_equal(whole[1], kept["blocks"]["mlp"]["up"]["kernel"][0])
 
 
 def test_it_ends_early_and_with_the_best_checkpoint(
@@ -112,6 +116,34 @@ def test_it_ends_early_and_with_the_best_checkpoint(
     # Typed again it trains no further.
     assert tune(experiment, finished, workdir, *how) == 0
     assert [line for line in lines(workdir) if line["split"] == "eval"] == evaluated
+
+
+@pytest.mark.slow
+def test_a_model_tuned_on_instructions_answers_and_stops(
+    experiment, finished, tmp_path
+) -> None:
+    answers = {"Who?": " Me.", "Where?": " Here.", "When?": " Now.", "Why?": " No."}
+    path, workdir = tmp_path / "answers.jsonl", tmp_path / "tuned"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": question, "completion": answer}) + "\n"
+            for question, answer in answers.items()
+        )
+    )
+    how = (f"--config.data.source={path}", f"--config.data.eval_source={path}")
+    how += ("--config.data.record_format=instruction", "--config.data.packing=best_fit")
+    how += ("--config.data.isolate_documents=true", "--config.optimizer.learning_rate=0.02")
+    how += ("--config.train.num_steps=120", "--config.eval.every=40")
+    assert tune(experiment, finished, workdir, *how) == 0
+    assert summary(workdir)["loss"] < 0.1
+    model = neo_jax.load(workdir)
+    assert model.tokenizer is not None
+    eos = model.tokenizer.eos_id
+    for question, answer in answers.items():
+        prompt = [eos, *model.tokenizer.encode(question)]
+        (written,) = model.generate([prompt], max_new_tokens=9, temperature=0.0)
+        assert written.text == answer, question
+        assert len(written.token_ids) < 9  # the end-of-text token was learned
 
 
 def test_without_a_checkpoint_it_says_how_to_name_one(experiment, tmp_path, capsys) -> None:

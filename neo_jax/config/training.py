@@ -101,8 +101,9 @@ class TrainConfig:
 
     num_steps: int = 1000  # optimiser steps
     seed: int = 0  # of the weights and of the data's order
-    # A workdir whose parameters a new run starts with, where they fit: to fine-tune, or after
-    # a change of the model. What is missing there starts fresh, and is listed.
+    # What a new run starts with. Pre-training: a workdir, whose parameters are taken where
+    # they fit, as after a change of the model; the others start fresh, and are listed. Tuning:
+    # any checkpoint, a Hugging Face directory or hub id among them, whose shape is taken.
     init_from: str | None = None
     accumulation_steps: int = 1  # slices of the batch, one after another, one update
     # When a device gathers the weights that mesh.fsdp splits: "layer", as each layer needs
