@@ -69,10 +69,6 @@ def write_theirs(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
 def read_and_write(folder: pathlib.Path, arguments: argparse.Namespace) -> dict:
     """Reads theirs, onto one device or spread over several; answers; writes ours."""
     flag = f"--xla_force_host_platform_device_count={arguments.devices}"
-    # XLA's CPU compiler would convert all layers of bfloat16 weights to float32 before their
-    # loop (docs/lab_log.md), and that is not what is measured here.
-    hoisting = "while-loop-expensive-invariant-code-motion,while-loop-invariant-code-motion"
-    flag += f" --xla_disable_hlo_passes={hoisting}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     import jax
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from neo_jax import checkpoint, hf, mtf, pretrained, stablehlo, state
+from neo_jax import checkpoint, hf, mtf, pretrained, sharding, stablehlo, state, xla_flags
 from neo_jax import config as config_lib
 from neo_jax.config import ConfigError, ModelConfig
 from neo_jax.state import Params
@@ -173,13 +173,13 @@ def answers(source: str) -> np.ndarray:
     ids = jnp.asarray(_prompts(config))
     graph, _ = state.model_graph(config)
 
-    @jax.jit
     def run(params: Params) -> jax.Array:
         if head is None:
             return nnx.merge(graph, params).logits(ids)
         return hf.head_logits(params["head"], nnx.merge(graph, params["model"]).hidden(ids))
 
-    return np.asarray(run(params))
+    options = xla_flags.forward_options(config, sharding.target())
+    return np.asarray(jax.jit(run, compiler_options=options)(params))
 
 
 def _prompts(config: ModelConfig) -> np.ndarray:

@@ -23,7 +23,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from neo_jax import checkpoint, hf, lora, mtf, sharding, state, tokenizer, trainable
+from neo_jax import (
+    checkpoint,
+    hf,
+    lora,
+    mtf,
+    sharding,
+    state,
+    tokenizer,
+    trainable,
+    xla_flags,
+)
 from neo_jax import config as config_lib
 from neo_jax.checkpoint import digests
 from neo_jax.config import Config, ConfigError, FinetuneConfig, MeshConfig, ModelConfig
@@ -312,7 +322,10 @@ class LanguageModel:
             graph, params, mesh = ready.graph, ready.params, ready.mesh
         key = (function, self._stacked is None, *options.values())
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(functools.partial(function, graph, **options))
+            self._compiled[key] = jax.jit(
+                functools.partial(function, graph, **options),
+                compiler_options=xla_flags.forward_options(self.config, sharding.target()),
+            )
         run = functools.partial(self._compiled[key], params)
         if mesh is None:
             return run(*arrays)

@@ -1,4 +1,4 @@
-"""Options of XLA's compiler for the training step, by what it is compiled for.
+"""Options of XLA's compiler, by what is compiled, and what for.
 
 Enters: a `sharding.Target`. Leaves: the `compiler_options` of `jax.jit` and of an
 ahead-of-time `lower(…).compile(…)`. Training and planning take them from here alone, so that
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from neo_jax.config import ModelConfig
 from neo_jax.sharding import Target
 
 Options = dict[str, bool | int | str]
@@ -57,3 +58,19 @@ def options(target: Target, *, slices: int) -> Options:
         return {}
     across = _SLICES if slices != 1 else {}
     return {**_TPU, **across, **_BY_GENERATION.get(generation, {})}
+
+
+# The passes that move what does not change in a loop in front of it.
+_HOISTING = "while-loop-expensive-invariant-code-motion,while-loop-invariant-code-motion"
+
+
+def forward_options(config: ModelConfig, target: Target) -> Options:
+    """The compiler's options for a forward pass over parameters as they are stored.
+
+    A CPU multiplies bfloat16 weights as float32. XLA would convert those of all layers before
+    its loop over layers, and hold three times their bytes; kept in the loop, the conversion
+    holds one layer's.
+    """
+    if target.platform == "cpu" and config.param_dtype == "bfloat16":
+        return {"xla_disable_hlo_passes": _HOISTING}
+    return {}

@@ -25,7 +25,7 @@ import tqdm
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from neo_jax import sharding, state
+from neo_jax import sharding, state, xla_flags
 from neo_jax.config import ModelConfig
 from neo_jax.evaluate import batching
 from neo_jax.evaluate.batching import Batch, Request
@@ -93,6 +93,7 @@ class Scorer:
             functools.partial(_log_probs, graph),
             static_argnames="block",
             out_shardings=everywhere,
+            compiler_options=xla_flags.forward_options(config, sharding.target()),
         )
         self._shards = math.prod(mesh.shape[axis] for axis in sharding.TABLE["batch"] or ())
 
