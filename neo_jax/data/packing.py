@@ -7,11 +7,13 @@ rows into arrays.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from neo_jax.data.plans import Plan, kept
 from neo_jax.data.tokens import TokenStore
 
 Piece = tuple[int, int]  # first token and number of tokens, in the stream
@@ -42,14 +44,16 @@ class ConcatRows:
         return [(start, min(self._seq_len, self._num_tokens - start))]
 
 
-class DocumentRows:
+class DocumentRows(Plan):
     """Each document starts a row; a longer one takes as many rows as it needs."""
 
+    _ends: np.ndarray
+
     def __init__(self, store: TokenStore, seq_len: int) -> None:
-        self._ends = store.document_ends()
+        self.hold(_ends=store.document_ends())
         self._seq_len = seq_len
         lengths = np.diff(self._ends, prepend=0)
-        self._first_rows = np.cumsum([0, *(-(-lengths // seq_len))])
+        self._first_rows = np.cumsum(np.append(0, -(-lengths // seq_len)))
         self.num_rows = int(self._first_rows[-1])
 
     def pieces(self, row: int) -> Sequence[Piece]:
@@ -60,7 +64,7 @@ class DocumentRows:
         return [(start, min(self._seq_len, int(self._ends[document]) - start))]
 
 
-class BestFitRows:
+class BestFitRows(Plan):
     """Whole documents, put where they leave the least room.
 
     A document longer than a row gives full rows and a remainder. Documents and remainders
@@ -68,23 +72,21 @@ class BestFitRows:
     Ding et al. 2024, "Fewer Truncations Improve Language Modeling", algorithm 1.
     """
 
+    _ends: np.ndarray  # the index after each document
+    _full_before: np.ndarray  # full rows up to each document
+    _documents: np.ndarray  # those of row 0 after the full ones, of row 1, …
+    _rests: np.ndarray  # what each has beyond its full rows
+    _bounds: np.ndarray  # the place in `_documents` after each row
+
     def __init__(self, store: TokenStore, seq_len: int) -> None:
-        self._ends = store.document_ends()
         self._seq_len = seq_len
-        lengths = np.diff(self._ends, prepend=0)
-        self._full_before = np.cumsum(lengths // seq_len)  # full rows up to each document
+        ends = store.document_ends()
+        self.hold(_ends=ends)
+        # Not the store's fingerprint: what matters here is where documents end.
+        key = hashlib.sha256(np.ascontiguousarray(ends).data).hexdigest()[:24]
+        self.hold(**kept(f"best-fit-{seq_len}-{key}", lambda: _plan(self._ends, seq_len)))
         self._num_full = int(self._full_before[-1])
-        lengths %= seq_len
-        held = np.flatnonzero(lengths).astype(np.uint32)
-        rests = lengths[held].astype(np.min_scalar_type(seq_len))
-        del lengths
-        bins = _best_fit(rests, seq_len)
-        # Documents of bin 0, of bin 1, …, those of one bin in the stream's order.
-        order = np.argsort(bins, kind="stable")
-        self._documents = held[order]
-        self._rests = rests[order]
-        self._bounds = np.cumsum(np.bincount(bins, minlength=1), dtype=np.uint32)
-        self.num_rows = self._num_full + (len(self._bounds) if len(bins) else 0)
+        self.num_rows = self._num_full + len(self._bounds)
 
     def pieces(self, row: int) -> Sequence[Piece]:
         """See `Rows`."""
@@ -98,6 +100,25 @@ class BestFitRows:
         lengths = self._rests[cut].astype(np.int64)
         starts = self._ends[self._documents[cut]] - lengths
         return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
+
+def _plan(ends: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
+    """The arrays of `BestFitRows`, by their names."""
+    lengths = np.diff(ends, prepend=0)
+    full_before = np.cumsum(lengths // seq_len)
+    lengths %= seq_len
+    held = np.flatnonzero(lengths).astype(np.uint32)
+    rests = lengths[held].astype(np.min_scalar_type(seq_len))
+    del lengths
+    bins = _best_fit(rests, seq_len)
+    # Documents of bin 0, of bin 1, …, those of one bin in the stream's order.
+    order = np.argsort(bins, kind="stable")
+    return {
+        "_full_before": full_before,
+        "_documents": held[order],
+        "_rests": rests[order],
+        "_bounds": np.cumsum(np.bincount(bins), dtype=np.uint32),
+    }
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
