@@ -2,8 +2,8 @@
 
 Draws lengths of documents at random, about 1,400 tokens on average, plans rows of 2048 tokens,
 and prints seconds, the memory that the plan keeps and the most that planning took, and the
-part of all rows that holds tokens. A large plan lies in a file, here of a temporary folder; how
-long a second start takes to find it, and what goes to a worker, is printed, too.
+part of all rows that holds tokens. A large plan lies in a file, here of a temporary folder:
+what a second start takes, and how much goes to a worker, is printed, too.
 """
 
 from __future__ import annotations
