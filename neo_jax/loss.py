@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,25 @@ def cross_entropy(
     return LossSums(*_sums(settings, hidden, head, targets, weights))
 
 
+def token_log_probs(
+    hidden: Float[Array, "batch seq embed"],
+    head: Float[Array, "vocab embed"],
+    targets: Int[Array, "batch seq"],
+    *,
+    vocab_size: int,
+    block_size: int,
+) -> Float[Array, "batch seq"]:
+    """Log p of every target, in nats, at least float32; the full logits never exist.
+
+    For losses that are no sum over tokens. What the gradient of a token weighs is known only
+    once all are scored, so the backward pass computes the logits again, block by block.
+
+    Args as `cross_entropy`.
+    """
+    settings = _Settings(vocab_size, 0.0, block_size)
+    return _log_probs(settings, hidden, head, targets)
+
+
 class _Settings(NamedTuple):
     vocab_size: int
     z_loss: float
@@ -85,7 +104,7 @@ def _sums(
     return _on_every_device(
         functools.partial(_local_sums, settings),
         (x_BTD, head_VD, targets_BT, weights_BT),
-        with_gradients=False,
+        leaves="sums",
     )
 
 
@@ -95,7 +114,7 @@ def _sums_forward(
     sums, d_x_BTD, d_head_VD = _on_every_device(
         functools.partial(_local_gradients, settings),
         (x_BTD, head_VD, targets_BT, weights_BT),
-        with_gradients=True,
+        leaves="gradients",
     )
     return sums, (d_x_BTD, d_head_VD.astype(head_VD.dtype))
 
@@ -111,11 +130,45 @@ def _sums_backward(
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(settings: _Settings, x_BTD: Array, head_VD: Array, targets_BT: Array) -> Array:
+    return _on_every_device(
+        functools.partial(_local_log_probs, settings),
+        (x_BTD, head_VD, targets_BT),
+        leaves="tokens",
+    )
+
+
+def _log_probs_forward(
+    settings: _Settings, x_BTD: Array, head_VD: Array, targets_BT: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    log_probs_BT = _log_probs(settings, x_BTD, head_VD, targets_BT)
+    return log_probs_BT, (x_BTD, head_VD, targets_BT)
+
+
+def _log_probs_backward(
+    settings: _Settings, residuals: tuple[Array, Array, Array], d_log_probs_BT: Array
+) -> tuple[Array, Array, None]:
+    x_BTD, head_VD, targets_BT = residuals
+    # Of cross-entropies that weigh minus what comes back to each token.
+    _, d_x_BTD, d_head_VD = _on_every_device(
+        functools.partial(_local_gradients, settings),
+        (x_BTD, head_VD, targets_BT, -d_log_probs_BT),
+        leaves="gradients",
+    )
+    return d_x_BTD.astype(x_BTD.dtype), d_head_VD.astype(head_VD.dtype), None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
 def _on_every_device(
-    run: Callable[..., Any], arrays: tuple[Array, ...], with_gradients: bool
+    run: Callable[..., Any],
+    arrays: tuple[Array, ...],
+    leaves: Literal["sums", "gradients", "tokens"],
 ) -> Any:
     """`run` on each device's tokens and vocabulary; without a mesh, on all of them."""
-    x_BTD, head_VD, targets_BT, _ = arrays
+    x_BTD, head_VD, targets_BT = arrays[:3]
     # Before it travels: half the bytes.
     arrays = (x_BTD, head_VD.astype(x_BTD.dtype), *arrays[2:])
     mesh = jax.sharding.get_abstract_mesh()
@@ -131,11 +184,16 @@ def _on_every_device(
     hidden = spec(("batch", "seq", None), x_BTD.shape)
     tokens = spec(("batch", "seq"), targets_BT.shape)
     scalars = (PartitionSpec(), PartitionSpec())
-    gradients = (scalars, hidden, spec(("vocab", "embed"), head_VD.shape))
+    out_specs = {
+        "sums": scalars,
+        "gradients": (scalars, hidden, spec(("vocab", "embed"), head_VD.shape)),
+        "tokens": tokens,
+    }
+    of_tokens = (tokens,) * (len(arrays) - 2)
     return jax.shard_map(
         functools.partial(run, axes),
-        in_specs=(hidden, spec(("vocab", None), head_VD.shape), tokens, tokens),
-        out_specs=gradients if with_gradients else scalars,
+        in_specs=(hidden, spec(("vocab", None), head_VD.shape), *of_tokens),
+        out_specs=out_specs[leaves],
         check_vma=False,
     )(*arrays)
 
@@ -153,6 +211,19 @@ def _local_sums(
     sums, _ = jax.lax.scan(add_block, zeros, _blocks(settings, x_BTD, *tokens))
     sums = _psum(sums, axes.tokens)
     return sums[0], sums[1]
+
+
+def _local_log_probs(
+    settings: _Settings, axes: _Axes, x_BTD: Array, head_VD: Array, targets_BT: Array
+) -> Array:
+    def one_block(block: tuple[Array, ...]) -> Array:
+        x_BCD, targets_BC = block
+        _, nll_BC, _, _ = _block_losses(settings, axes, x_BCD, head_VD, targets_BC)
+        return -nll_BC
+
+    log_probs_KBC = jax.lax.map(one_block, _blocks(settings, x_BTD, targets_BT))
+    log_probs_BT = jnp.moveaxis(log_probs_KBC, 0, 1).reshape(x_BTD.shape[0], -1)
+    return log_probs_BT[:, : x_BTD.shape[1]]
 
 
 def _local_gradients(

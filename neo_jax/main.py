@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from neo_jax import compilation, distributed, exits, host_memory, pretrain
 from neo_jax import config as config_lib
 from neo_jax.config import Config
-from neo_jax.finetune import classify, text
+from neo_jax.finetune import classify, preference, text
 
 _EXAMPLES = """\
 examples:
@@ -39,6 +39,7 @@ TASKS: Mapping[str, Callable[[Config, pathlib.Path], None]] = {
     "pretrain": pretrain.run,
     "finetune": text.run,
     "classify": classify.run,
+    "preference": preference.run,
 }
 
 

@@ -271,6 +271,7 @@ class Writer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._workdir, self._sinks = pathlib.Path(workdir), list[_Sink]()
+        self._of_text = config.task in ("pretrain", "finetune")
         self._progress: _Progress | None = None
         if jax.process_index() != 0:
             return
@@ -298,11 +299,11 @@ class Writer:
         Args:
           step: updates made so far; 1 after the first.
           split: which text was scored.
-          values: Python, NumPy or JAX scalars. `perplexity` is added beside `loss`. NaN and
-            infinity, which JSON has no words for, become null.
+          values: Python, NumPy or JAX scalars. `perplexity` is added beside a language
+            model's `loss`. NaN and infinity, which JSON has no words for, become null.
         """
         numbers = {key: _plain(value) for key, value in values.items() if value is not None}
-        if "loss" in numbers and "perplexity" not in numbers:
+        if self._of_text and "loss" in numbers and "perplexity" not in numbers:
             numbers["perplexity"] = _plain(_exp(numbers["loss"]))
         order = [key for key in _KEYS if key in numbers]
         order += [key for key in numbers if key not in order]

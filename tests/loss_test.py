@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import reference
-from neo_jax.loss import cross_entropy
+from neo_jax.loss import cross_entropy, token_log_probs
 
 B, T, D, V, PADDED = 3, 13, 8, 37, 48
 
@@ -151,3 +151,26 @@ def test_the_full_logits_never_exist():
     assert _largest(jax.make_jaxpr(gradient)(*arrays).jaxpr) == batch * block * vocab
     memory = jax.jit(gradient).lower(*arrays).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * batch * seq * vocab / 2
+
+
+@pytest.mark.parametrize("block_size", [4, 13, 512])
+def test_log_probs_of_tokens_have_the_gradients_of_any_function_of_them(block_size):
+    with jax.enable_x64(True):
+        hidden, head, targets, weights = example()
+
+        def blockwise(hidden, head):
+            log_probs = token_log_probs(
+                hidden, head, targets, vocab_size=V, block_size=block_size
+            )
+            return jnp.sum(jnp.tanh(jnp.sum(log_probs * weights, axis=1) / 30))
+
+        def expected(hidden, head):
+            log_p = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, head[:V]))
+            log_probs = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+            return jnp.sum(jnp.tanh(jnp.sum(log_probs * weights, axis=1) / 30))
+
+        ours, theirs = (
+            jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, head)
+            for f in (blockwise, expected)
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, theirs)

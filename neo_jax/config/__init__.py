@@ -23,7 +23,7 @@ from neo_jax.config.building import (
 )
 from neo_jax.config.data import DataConfig
 from neo_jax.config.errors import ConfigError
-from neo_jax.config.finetuning import ClassifyConfig, FinetuneConfig
+from neo_jax.config.finetuning import ClassifyConfig, FinetuneConfig, PreferenceConfig
 from neo_jax.config.loading import experiment_names, load_experiment
 from neo_jax.config.model import REMAT_TENSORS, ModelConfig
 from neo_jax.config.presets import MESH_PRESETS, PRESETS
@@ -52,6 +52,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "TrainConfig",
     "build",
     "default_config",

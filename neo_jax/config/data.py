@@ -26,7 +26,7 @@ class DataConfig:
     holdout_offset: int = 10  # index of the first document held out
     # "gpt2", "bpe:4096" (trained on the training documents), a path or a hub id.
     tokenizer: str = "gpt2"
-    record_format: Literal["text", "instruction"] = "text"
+    record_format: Literal["text", "instruction", "preference"] = "text"
     text_field: str = "text"  # the field of a record that holds its text, or its token ids
     txt_documents: Literal["file", "blank_lines"] = "file"  # what ends a document in .txt
     tfds_dir: str = "~/tensorflow_datasets"  # where TFDS keeps prepared data sets

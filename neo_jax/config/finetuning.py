@@ -9,6 +9,31 @@ from neo_jax.config.errors import ConfigError, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """What a pair of answers teaches; see finetune/preference.py."""
+
+    beta: float = 0.1  # how strongly the model is held to the checkpoint
+    # Without the checkpoint's log-probabilities, and with each answer's mean over its tokens
+    # instead of their sum: together, and with a beta of 2 or more, that is SimPO.
+    reference_free: bool = False
+    length_normalised: bool = False
+    target_margin: float = 0.0  # reward by which the chosen answer should be ahead
+    label_smoothing: float = 0.0  # share of pairs that are taken to be labelled wrongly
+
+    def __post_init__(self) -> None:
+        require_positive(self, "preference", "beta")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(
+                f"preference.label_smoothing={self.label_smoothing} must be at least 0 and "
+                f"below 0.5."
+            )
+        if self.target_margin < 0:
+            raise ConfigError(
+                f"preference.target_margin={self.target_margin} must not be negative."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """Which parameters are learned, and when it is enough."""
 

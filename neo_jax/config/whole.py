@@ -7,7 +7,7 @@ from typing import Literal
 
 from neo_jax.config.data import DataConfig
 from neo_jax.config.errors import ConfigError
-from neo_jax.config.finetuning import ClassifyConfig, FinetuneConfig
+from neo_jax.config.finetuning import ClassifyConfig, FinetuneConfig, PreferenceConfig
 from neo_jax.config.model import ModelConfig
 from neo_jax.config.training import (
     CheckpointConfig,
@@ -34,6 +34,7 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     classify: ClassifyConfig = dataclasses.field(default_factory=ClassifyConfig)
+    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
 
     def __post_init__(self) -> None:
         """Checks that need two sections."""
@@ -47,6 +48,11 @@ class Config:
             raise ConfigError(
                 "optimizer.learning_rate=0 learns nothing; give the peak, as in "
                 "--config.optimizer.learning_rate=6e-4."
+            )
+        if (self.task == "preference") != (self.data.record_format == "preference"):
+            raise ConfigError(
+                f"task {self.task!r} with data.record_format={self.data.record_format!r}: "
+                f"records of preferences go with task 'preference', and only with it."
             )
         if (self.finetune.trainable == "lora") != bool(self.model.lora_rank):
             raise ConfigError(

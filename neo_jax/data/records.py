@@ -9,7 +9,12 @@ Text is one field. Instruction data comes in three forms, told apart by their fi
     {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}
     {"instruction": …, "input": …, "output": …}                                   (Alpaca)
 
-of which only the answers, and the eos after the last, are learned.
+of which only the answers, and the eos after the last, are learned. Pairs of answers are
+
+    {"prompt": …, "chosen": …, "rejected": …}
+
+each text, or messages; without a prompt, what two lists of messages begin with is the prompt.
+Such a document has three parts, and is no text of its own.
 """
 
 from __future__ import annotations
@@ -76,6 +81,8 @@ def to_document(row: Row, group: str, config: DataConfig) -> Document:
     parts: tuple[Part, ...]
     if config.record_format == "instruction":
         parts = _instruction_parts(fields)
+    elif config.record_format == "preference":
+        parts = _preference_parts(fields)
     else:
         parts = ((_text(fields, config.text_field), True),)
     for part, _ in parts:
@@ -194,3 +201,76 @@ def _chat_parts(messages: Any) -> tuple[Part, ...]:
     if not any(learned for _, learned in parts):
         raise RowError("no message is the assistant's, so there is nothing to learn")
     return tuple(parts)
+
+
+# ---------------------------------------------------------------------------- preferences
+
+
+def _preference_parts(fields: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Prompt, chosen and rejected answer."""
+    needed = ["chosen", "rejected"]
+    if isinstance(fields.get("chosen"), str):
+        needed.insert(0, "prompt")  # messages may begin with it
+    missing = [name for name in needed if name not in fields]
+    if missing:
+        raise RowError(
+            f"there is no field {', '.join(map(repr, missing))}; there are "
+            f"{', '.join(map(repr, fields)) or 'none'}"
+        )
+    sides = [fields["chosen"], fields["rejected"]]
+    are_messages = [isinstance(side, _MESSAGES) for side in sides]
+    if are_messages[0] != are_messages[1]:
+        raise RowError("'chosen' and 'rejected' must both be text or both messages")
+    if all(are_messages):
+        shown, answers = _conversations(fields)
+    else:
+        answers = [_string(fields, name) for name in ("chosen", "rejected")]
+        shown = fields["prompt"]
+        if isinstance(shown, _MESSAGES):
+            shown = _turns(shown) + _ASKED
+            answers = [f" {answer}" for answer in answers if answer]
+        else:
+            shown = _string(fields, "prompt")
+    if len(answers) < 2 or not all(answers):
+        raise RowError("an answer is empty, so there is nothing to prefer")
+    return (shown, False), (answers[0], True), (answers[1], True)
+
+
+_MESSAGES = (list, tuple, np.ndarray)
+_ASKED = _ROLES["assistant"].rstrip()  # what an answer follows
+
+
+def _conversations(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The prompt's turns, and the two that answer them."""
+    chosen, rejected = list(fields["chosen"]), list(fields["rejected"])
+    prompt = fields.get("prompt", ())
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if prompt else []
+    shared = []
+    while len(chosen) > 1 and len(rejected) > 1 and chosen[0] == rejected[0]:
+        shared.append(chosen.pop(0))
+        del rejected[0]
+    before = list(prompt) or shared
+    if shared and shared != before:
+        raise RowError("the answers begin with other messages than those of 'prompt'")
+    answers = []
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        is_answer = len(messages) == 1 and isinstance(messages[0], Mapping)
+        if not is_answer or messages[0].get("role") != "assistant":
+            raise RowError(f"field {name!r} must end with one answer of the assistant")
+        content = _string(messages[0], "content")
+        answers.append(f" {content}" if content else "")
+    return _turns(before) + _ASKED, answers
+
+
+def _turns(messages: Any) -> str:
+    """A conversation's lines."""
+    lines = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise RowError(f"prompt[{i}] must hold 'role' and 'content'")
+        role, content = _string(message, "role"), _string(message, "content")
+        if role not in _ROLES:
+            raise RowError(f"prompt[{i}]: role {role!r} is not one of {', '.join(_ROLES)}")
+        lines.append(f"{_ROLES[role]}{content}\n")
+    return "".join(lines)
