@@ -1,17 +1,23 @@
 """Adapters leave for peft and come back; a tuned workdir is a model like any other."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import neo_jax
-from neo_jax import convert, hf
-from neo_jax.config import ConfigError
+from neo_jax import convert, hf, lora, state, trainable
+from neo_jax.config import ConfigError, FinetuneConfig, preset_model
+from neo_jax.evaluate import __main__ as evaluate
+from neo_jax.generate import __main__ as generate
+from tests.finetune_text_test import params_of
 from tests.pretrain_test import _one_device as _one_device
 from tests.pretrain_test import experiment as experiment
 from tests.pretrain_test import finished as finished
@@ -117,3 +123,47 @@ def test_int8_kernels_learn_and_load(experiment, finished, tmp_path) -> None:
     assert tune(experiment, finished, workdir, *HOW, "--config.model.kernel_dtype=int8") == 0
     logits = neo_jax.load(workdir).logits(IDS)
     assert np.isfinite(jax.device_get(logits)).all()
+
+
+def test_the_commands_take_the_workdir(tuned, tmp_path, capsys) -> None:
+    argv = ["--checkpoint", str(tuned), "--prompt", "Line", "--max_new_tokens", "3"]
+    assert generate.main(argv) == 0
+    text, report = tmp_path / "text.txt", tmp_path / "report.json"
+    text.write_text("Line 3 of text 1 says 3.\n" * 3)
+    argv = ["--checkpoint", str(tuned), "--text", str(text), "--json", str(report)]
+    assert not evaluate.main(argv)
+    assert report.exists()
+
+
+def test_a_classifiers_adapters_and_head_go_to_peft(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    shape = preset_model("tiny", num_layers=2, embed_dim=32, vocab_size=60, num_labels=3)
+    shape = dataclasses.replace(shape, lora_rank=2, compute_dtype="float32")
+    params = jax.tree.map(jnp.asarray, params_of(shape))
+    learned, _ = trainable.divide(params, FinetuneConfig(trainable="lora"))
+    hf.write_adapter(learned, shape, "somewhere", tmp_path)
+    merged, plain = lora.merge(params, shape)
+    network = {key: leaf for key, leaf in params.items() if key != "classifier"}
+    values = {**hf.config_to_hf(plain), "num_labels": 3, "pad_token_id": 59}
+    base = transformers.GPTNeoForSequenceClassification(transformers.GPTNeoConfig(**values))
+    bare = dataclasses.replace(plain, num_labels=0)
+    named = hf.to_hf(network, bare)
+    weights = {name: torch.from_numpy(np.array(array)) for name, array in named.items()}
+    missing, unexpected = base.load_state_dict(weights, strict=False)
+    assert missing == ["score.weight"] and not unexpected
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    ids = np.arange(1, 15)[None]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids)).logits.numpy()
+    graph, _ = state.model_graph(plain)
+
+    @jax.jit
+    def ours(params):
+        model = nnx.merge(graph, params)
+        return model.labels(model.hidden(jnp.asarray(ids))[:, -1])
+
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(ours(merged), expected, rtol=0, atol=1e-5 * scale)
