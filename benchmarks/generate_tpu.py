@@ -19,7 +19,6 @@ import collections
 import dataclasses
 import os
 import re
-import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -91,6 +90,74 @@ def lower(name: str, batch: int, kind: str, mesh: jax.sharding.Mesh):  # type: i
     return lowered, weights, state.num_bytes(caches)
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A token of each text; bytes are of one chip, seconds predicted."""
+
+    hbm: int
+    temporary: int  # beside weights and caches
+    weights: int  # that are read
+    caches: int
+    schedule: predict.Prediction
+    program: hlo.Program  # its entry is the loop's body
+    topology: topologies.Topology
+    places: list[predict.Place]
+
+    @property
+    def moved(self) -> float:
+        """Seconds that all bytes take which the program moves."""
+        return self.schedule.hbm_bytes / self.topology.generation.hbm_bytes_per_second
+
+    @property
+    def seconds(self) -> float:
+        """The longer of the schedule and of moving all bytes."""
+        return max(self.schedule.seconds, self.moved)
+
+    @property
+    def share(self) -> float:
+        """Of the time that reading weights and caches once takes."""
+        read = self.weights + self.caches
+        return read / self.topology.generation.hbm_bytes_per_second / self.seconds
+
+
+def measure(name: str, batch: int, kind: str) -> Step:
+    """Compiles a cell.
+
+    Raises:
+      JaxRuntimeError: it does not fit.
+    """
+    topology = topologies.parse("v5e-1", 1)
+    mesh = sharding.make_mesh(MeshConfig(), topologies.devices(topology))
+    lowered, weights, caches = lower(name, batch, kind, mesh)
+    compiled = lowered.compile()
+    stats = compiled.memory_analysis()
+    program = hlo.parse(compiled.as_text() or "")
+    body = max(
+        (
+            program.computations[instruction.attribute("body") or ""]
+            for computation in program.computations.values()
+            for instruction in computation.instructions
+            if instruction.opcode == "while"
+        ),
+        key=lambda computation: len(computation.instructions),
+    )
+    program = dataclasses.replace(program, entry=body)
+    places = predict.places(list(mesh.devices.flat))
+    return Step(
+        hbm=stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes,
+        temporary=stats.temp_size_in_bytes,
+        weights=weights,
+        caches=caches,
+        schedule=predict.predict(program, topology, places),
+        program=program,
+        topology=topology,
+        places=places,
+    )
+
+
 def main() -> None:
     """Compiles and prints a row for each cell, as it is done."""
     parser = argparse.ArgumentParser(
@@ -99,78 +166,51 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=CELLS, help="cells, MODEL:BATCH:DTYPE")
     parser.add_argument("--parts", action="store_true", help="show what the time goes into")
     arguments = parser.parse_args()
-    topology = topologies.parse("v5e-1", 1)
-    chip = topology.generation
-    mesh = sharding.make_mesh(MeshConfig(), topologies.devices(topology))
-    places = predict.places(list(mesh.devices.flat))
-    print(f"libtpu {topologies.libtpu_version()}, jax {jax.__version__}, {topology.key}")
+    print(f"libtpu {topologies.libtpu_version()}, jax {jax.__version__}, v5e-1")
     print("| | texts | weights, caches | HBM GiB | ms a step | tokens/s | of the roofline |")
     print("|---|---|---|---|---|---|---|")
     for cell in arguments.only:
         name, batch, kind = cell.split(":")
-        began = time.monotonic()
-        lowered, weights, caches = lower(name, int(batch), kind, mesh)
         try:
-            compiled = lowered.compile()
+            step = measure(name, int(batch), kind)
         except jax.errors.JaxRuntimeError as error:
             needed = compiling.out_of_memory(str(error))
             if needed is None:
                 raise
             print(f"| {name} | {batch} | {kind} | {needed / 2**30:.2f}: does not fit | | | |")
             continue
-        stats = compiled.memory_analysis()
-        hbm = (
-            stats.argument_size_in_bytes
-            + stats.output_size_in_bytes
-            - stats.alias_size_in_bytes
-            + stats.temp_size_in_bytes
-        )
-        program = hlo.parse(compiled.as_text() or "")
-        body = max(
-            (
-                program.computations[instruction.attribute("body") or ""]
-                for computation in program.computations.values()
-                for instruction in computation.instructions
-                if instruction.opcode == "while"
-            ),
-            key=lambda computation: len(computation.instructions),
-        )
-        one = predict.predict(dataclasses.replace(program, entry=body), topology, places)
-        moved = one.hbm_bytes / chip.hbm_bytes_per_second
-        seconds = max(one.seconds, moved)
-        roofline = (weights + caches) / chip.hbm_bytes_per_second
         print(
-            f"| {name} | {batch} | {kind} | {hbm / 2**30:.2f} | {seconds * 1e3:.3f} | "
-            f"{int(batch) / seconds:,.0f} | {roofline / seconds:.0%} |",
+            f"| {name} | {batch} | {kind} | {step.hbm / 2**30:.2f} | {step.seconds * 1e3:.3f} "
+            f"| {int(batch) / step.seconds:,.0f} | {step.share:.0%} |",
             flush=True,
         )
         if arguments.parts:
-            parts = ", ".join(f"{k} {v * 1e3:.2f}" for k, v in one.parts.items())
-            waits = sum(one.exposed.values()) * 1e3
-            read = weights / chip.hbm_bytes_per_second * 1e3
-            print(
-                f"  schedule {one.seconds * 1e3:.3f} ms ({parts}; waiting {waits:.2f}), bytes "
-                f"alone {moved * 1e3:.3f}, weights alone {read:.3f}; compiled in "
-                f"{time.monotonic() - began:.0f} s"
-            )
-            show(program, body, topology, places)
+            show(step)
 
 
-def show(program, body, topology, places) -> None:  # type: ignore[no-untyped-def]
-    """The operations that take longest, those of one origin and shape together."""
-    timer = predict._Timer(program, topology, places)
-    found = collections.defaultdict(lambda: [0, 0.0, 0.0])
-    for line in body.instructions:
+def show(step: Step) -> None:
+    """What the time goes into: operations of one origin and shape together."""
+    one = step.schedule
+    parts = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in one.parts.items())
+    waits = sum(one.exposed.values()) * 1e3
+    print(
+        f"  schedule {one.seconds * 1e3:.3f} ms ({parts}; waiting {waits:.2f}), bytes alone "
+        f"{step.moved * 1e3:.3f}"
+    )
+    timer = predict._Timer(step.program, step.topology, step.places)
+    rate = step.topology.generation.hbm_bytes_per_second
+    found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+    for line in step.program.entry.instructions:
         if line.opcode.endswith("-done") or line.opcode in ("while", "conditional"):
             continue
-        cost = timer._cost(body, line)
+        cost = timer._cost(step.program.entry, line)
         if cost is None:
             continue
         origin = re.sub(r".*while/body/", "", line.op_name) or line.opcode
         entry = found[f"{cost.part:9s}{origin[-44:]:45s}{line.arrays[0].dims}"]
         entry[0] += 1
         entry[1] += cost.seconds * 1e6
-        entry[2] += cost.counts.get("hbm_bytes", 0) / topology.generation.hbm_bytes_per_second
+        entry[2] += cost.counts.get("hbm_bytes", 0) / rate
     for key, (count, spent, moved) in sorted(found.items(), key=lambda x: -x[1][1])[:16]:
         print(f"    {spent:9.1f} µs, bytes alone {moved * 1e6:9.1f}, {count:4d} × {key}")
 

@@ -222,7 +222,9 @@ def _in_layers(
     return decoder_graph, {**rest, "blocks": layers}
 
 
-def _kind(path: Path, leaf: jax.Array, dtype: jnp.dtype | None) -> jnp.dtype:
+def _kind(
+    path: Path, leaf: jax.Array | jax.ShapeDtypeStruct, dtype: jnp.dtype | None
+) -> jnp.dtype:
     """The type that decoding keeps a weight in: that of the sum that it goes into."""
     names = [str(key.key) for key in path]
     if dtype is None or leaf.dtype == jnp.int8:
