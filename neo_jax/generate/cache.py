@@ -25,12 +25,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from neo_jax.config import ModelConfig
-from neo_jax.model import compute_dtype
+from neo_jax.model import compute_dtype, filled_up
 from neo_jax.sharding import axes_of, constrain, target
 
 Heads = Float[Array, "batch seq heads head_dim"]
 _INT8_MAX = 127
-_SUBLANES = 8  # rows of a TPU's register
 _MOST_ROWS = 256  # that are written one after another, each an operation of the program
 
 
@@ -141,16 +140,11 @@ class Step:
     length: Int[Array, " batch"]
 
     def attend(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Step]:
-        """See `model.Memory`. A row without a token keeps its cache, and gets some average.
-
-        So do places beyond the tokens, which fill a text's places up; see `filled_up`.
-        """
-        T, places = self.positions.shape[1], query.shape[1]
-        query, key, value = filled_up(query), key[:, :T], value[:, :T]
-        context = self._softmax_average(query, key, value)[:, :places]
+        """See `model.Memory`. A row without a token keeps its cache, and gets some average."""
+        context = self._softmax_average(filled_up(query), key, value)[:, : query.shape[1]]
         # So that the write waits for the read, which leaves it in place: without an order
         # between them XLA copies the cache, at each token. 0 × x is x's NaN, else 0.
-        wait = 0 * context[:, :T]
+        wait = 0 * context
         cache = _write(self.cache, key + wait, value + wait, self.positions, self._before())
         return context, dataclasses.replace(self, cache=cache)
 
@@ -205,18 +199,6 @@ class Step:
             return mask_BTS[:, None]
 
         return mask(_held(self._before(), self.cache.num_slots)), mask(self.positions)
-
-
-def filled_up(x: Float[Array, "batch seq *any"]) -> Float[Array, "batch more *any"]:
-    """With as many places as a TPU's register has rows, where there are fewer, on a TPU.
-
-    XLA leaves the product of one row to the vector unit, which takes four times as long as
-    reading the other factor does; with several it goes to the matrix unit.
-    """
-    missing = _SUBLANES - x.shape[1]
-    if missing <= 0 or target().platform != "tpu":
-        return x
-    return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
 
 
 def _held(length: Int[Array, " batch"], slots: int) -> Int[Array, "batch slots"]:

@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from neo_jax.config import ConfigError, ModelConfig
-from neo_jax.generate import cache, quantise
+from neo_jax.generate import quantise
 from neo_jax.generate.cache import Caches, LayerCache, Step
-from neo_jax.model import NeoLM, compute_dtype
+from neo_jax.model import NeoLM, compute_dtype, product
 from neo_jax.state import Params, model_graph
 
 Path = tuple[jax.tree_util.DictKey, ...]
@@ -77,30 +77,23 @@ class Decoder(nnx.Module):
           caches: of the tokens before.
         """
         x_BTD = self.embedder(ids, jnp.maximum(positions, 0))
-        if ids.size == 1:
-            x_BTD = cache.filled_up(x_BTD)
         after: list[LayerCache] = []
         for block, layer in zip(self.blocks, caches, strict=True):
             x_BTD, step = block.remembering(x_BTD, Step(layer, positions, length))
             assert isinstance(step, Step)
             after.append(step.cache)
-        return self.ln_f(x_BTD)[:, : ids.shape[1]], tuple(after)
+        return self.ln_f(x_BTD), tuple(after)
 
     def logits(
         self, hidden: Float[Array, "batch seq embed"]
     ) -> Float[Array, "batch seq vocab"]:
         """Scores over the `vocab_size` real ids, at least float32."""
-        if hidden.shape[:2] == (1, 1):
-            return self._logits(cache.filled_up(hidden))[:, :1]
-        return self._logits(hidden)
-
-    def _logits(self, hidden: Array) -> Array:
         if self.int8_head is not None:
             return self.int8_head(hidden.astype(jnp.float32))[..., : self.config.vocab_size]
         head = self.embedder.embedding if self.untied_head is None else self.untied_head
         float_type = jnp.promote_types(hidden.dtype, jnp.float32)
         # The padding rows are multiplied as well: cutting them off the head would copy it.
-        logits = jnp.einsum(
+        logits = product(
             "BTD,VD->BTV",
             hidden,
             head[...].astype(hidden.dtype),

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from neo_jax import int8
-from neo_jax.model import Linear
+from neo_jax.model import Linear, product
 from neo_jax.sharding import target
 
 # XLA's CPU products do not take int8. For one token the product is written as so many
@@ -49,7 +49,7 @@ class Int8Linear(nnx.Module):
         if rows == 1 and target().platform == "cpu":
             y = self._one_row(x)
         else:
-            y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+            y = product(self.equation, x, self.kernel[...].astype(x.dtype))
         y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
