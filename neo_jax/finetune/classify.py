@@ -11,6 +11,7 @@ that is reported, as GLUE's tables do; the test split's labels are the benchmark
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import json
@@ -102,15 +103,15 @@ class Classification(Tuning):
         del example
         return 1
 
+    @abc.abstractmethod
     def encode(self, examples: Sequence[Example]) -> Rows:
         """Rows to learn from."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def predict(
         self, params: Params, examples: Sequence[Example]
     ) -> tuple[list[Prediction], float]:
         """Predictions, and the mean loss of the right labels (nan where none is known)."""
-        raise NotImplementedError
 
     def open_data(self) -> Pipeline:
         """See `Run`."""

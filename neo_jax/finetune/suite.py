@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from neo_jax import config as config_lib
 from neo_jax.checkpoint.restoring import tell
 from neo_jax.config import Config, ConfigError
@@ -231,6 +233,9 @@ def _settle(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Process 0 writes for all."""
+    if jax.process_index() != 0:
+        return
     aside = path.with_name(f"{path.name}.partial")
     aside.write_bytes(content)
     aside.replace(path)
