@@ -108,8 +108,8 @@ def learn_suite(
         ("super_glue", "head", ""),
         ("glue", "ask", ""),
         ("super_glue", "ask", ""),
-        ("glue", "prompt", "cola,stsb"),
-        ("super_glue", "prompt", "cb,copa,multirc,record"),
+        ("glue", "prompt", "stsb"),
+        ("super_glue", "prompt", "copa,record"),
     ],
 )
 def test_every_task_runs_from_its_official_files_to_its_submission(
@@ -180,11 +180,10 @@ def test_a_killed_run_goes_on_to_the_digit(
 
 LORA = ("--config.finetune.trainable=lora", "--config.model.lora_rank=2")
 LORA += ("--config.model.lora_dropout=0.2",)
-LAST = ("--config.finetune.trainable=last_layers", "--config.finetune.last_layers=1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [LORA, LAST, ("--config.classify.form=prompt",)])
+@pytest.mark.parametrize("how", [LORA, ("--config.classify.form=prompt",)])
 def test_each_way_of_learning_goes_on_after_a_kill_and_is_read_back(
     how, folder, base, tmp_path, monkeypatch
 ) -> None:
