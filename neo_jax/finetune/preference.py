@@ -30,6 +30,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
@@ -297,7 +298,13 @@ class PreferenceTuning(Tuning):
         size = self.eval_batch_size
         batches = dataclasses.replace(self._batches(split, size, (0, size)), endless=False)
         found = self._pairs[split].arrays[REFERENCE]
-        for start in range(0, len(found), size):
+        starts = tqdm.tqdm(
+            range(0, len(found), size),
+            desc=f"asking the checkpoint, {split}",
+            disable=jax.process_index() != 0,
+        )
+        for start in starts:
+            self.preemption.leave_if_told()
             asked = multihost_utils.process_allgather(
                 ask(self.place(batches.at(start))), tiled=True
             )
