@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from neo_jax import compilation
+from neo_jax import compilation, exits
 from neo_jax import config as config_lib
 from neo_jax.config import Config
 from neo_jax.evaluate.glue import metrics, reading, tasks
@@ -70,6 +70,11 @@ def main() -> None:
     parser.add_argument("--minutes", default=1e9, type=float, help="start no run after these")
     parser.add_argument("--only", choices=("table", "baselines", "tuning", "lora"))
     flags = parser.parse_args()
+    with exits.told_in_one_line():
+        _run(flags)
+
+
+def _run(flags: argparse.Namespace) -> None:
     compilation.use_cache()
     (flags.output / "results").mkdir(parents=True, exist_ok=True)
     folder = _data(flags.data, flags.output / "data")

@@ -186,7 +186,6 @@ def test_a_step_of_the_head_is_torchs(num_labels: int, words, one_thread) -> Non
     expected = {name: leaf.grad.numpy() for name, leaf in theirs.named_parameters()}
     wte = expected["transformer.wte.weight"]
     expected["transformer.wte.weight"] = wte[: model.vocab_size]
-    # Gradients, and what one step of plain descent makes of the weights.
     for name, gradient in hf.to_hf(hf.with_head(model, ours)[1], shape, head).items():
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-5 * scale)
