@@ -244,7 +244,7 @@ def _is_written_by_row(positions: Int[Array, "batch seq"]) -> bool:
         target().platform == "tpu"
         and is_whole
         and positions.shape[1] == 1
-        and positions.shape[0] <= _MOST_ROWS
+        and 1 < positions.shape[0] <= _MOST_ROWS
     )
 
 
@@ -252,8 +252,9 @@ def _put_by_row(into: Array, what: Array, *, axis: int, slot: Int[Array, " batch
     """As `_put`, one token a row; what a row without a token puts there is never seen.
 
     On a TPU a scatter over rows wants its slots in front of the heads, and would copy the
-    caches into that order and back; an update of one row takes them as they are. Where a row
-    has no token, the slot is the one that its next token takes, which no query sees before.
+    caches into that order and back; an update of one row takes them as they are. (Of a lone
+    row the scatter is better: more weights are fetched beforehand.) Where a row has no token,
+    the slot is the one that its next token takes, which no query sees before.
     """
     what = jnp.moveaxis(what, 1, axis).astype(into.dtype)
     for row in range(slot.shape[0]):
