@@ -23,6 +23,8 @@ from tests.pretrain_test import experiment as experiment
 from tests.pretrain_test import finished as finished
 from tests.tuning_test import tune
 
+pytestmark = pytest.mark.slow
+
 IDS = np.arange(1, 15)[None]
 HOW = (
     "--config.finetune.trainable=lora",

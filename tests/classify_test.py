@@ -197,6 +197,7 @@ def test_each_way_of_learning_goes_on_after_a_kill_and_is_read_back(
         assert again == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_transformers_labels_alike_and_its_checkpoint_is_judged_alike(
     folder, base, learned, tmp_path
 ) -> None:

@@ -193,7 +193,9 @@ def gradients(config: Config, devices: int) -> tuple[Params, Any]:
         )(learned, frozen, batch)
 
 
-@pytest.mark.parametrize("how", [pytest.param(FULL, id="full"), pytest.param({}, id="lora")])
+@pytest.mark.parametrize(
+    "how", [pytest.param(FULL, id="full"), pytest.param({}, id="lora", marks=pytest.mark.slow)]
+)
 def test_devices_and_slices_change_neither_losses_nor_gradients(how: Any) -> None:
     dropout = {} if how else {"lora_dropout": 0.3}
     model = how.get("model", {}) | dropout
@@ -349,7 +351,8 @@ def tune(experiment: str, base: pathlib.Path, workdir: pathlib.Path, *arguments:
 LORA = ("--config.finetune.trainable=lora", "--config.model.lora_rank=2")
 
 
-@pytest.mark.parametrize("how", [pytest.param((), marks=pytest.mark.slow), LORA])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), LORA])
 def test_a_killed_run_goes_on_to_the_digit(
     experiment, finished, tmp_path, monkeypatch, how: tuple[str, ...]
 ) -> None:
@@ -379,6 +382,7 @@ def test_a_killed_run_goes_on_to_the_digit(
     assert summary(tmp_path / "whole")["accuracy"] == 1
 
 
+@pytest.mark.slow
 def test_the_batch_that_is_judged_changes_no_figure(experiment, finished, tmp_path) -> None:
     short = ("--config.train.num_steps=1", "--config.checkpoint.every=100")
     figures = []

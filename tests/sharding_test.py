@@ -117,6 +117,8 @@ def test_the_table():
         "mlp": ("tensor",),
         "vocab": ("tensor",),
         "positions": None,
+        "rank": None,
+        "labels": None,
     }
     assert tuple(NO_SPLIT) == sharding.MESH_AXES
 

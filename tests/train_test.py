@@ -100,7 +100,9 @@ def gradients(config: Config, devices: int = 1) -> tuple[Any, Any]:
     return jax.device_get(result)
 
 
-@pytest.mark.parametrize("slices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "slices", [pytest.param(n, marks=pytest.mark.slow) for n in (2, 8)] + [4]
+)
 def test_accumulated_slices_are_one_batch_even_when_ragged(slices: int) -> None:
     whole = gradients(tiny())
     parts = gradients(tiny(train={"accumulation_steps": slices}))

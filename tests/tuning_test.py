@@ -56,7 +56,8 @@ def test_it_starts_from_the_checkpoints_shape_words_and_loss(
 
 
 @pytest.mark.parametrize(
-    "trainable", [pytest.param("all", marks=pytest.mark.slow), "last_layers", "lora"]
+    "trainable",
+    [*(pytest.param(k, marks=pytest.mark.slow) for k in ("all", "last_layers")), "lora"],
 )
 def test_a_killed_tuning_goes_on_to_the_digit(
     experiment, finished, tmp_path, monkeypatch, trainable: str
