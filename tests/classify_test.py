@@ -15,10 +15,10 @@ from neo_jax.evaluate.glue import reading
 from neo_jax.evaluate.glue.tasks import TASKS
 from neo_jax.finetune import __main__ as suite_command
 from neo_jax.finetune import suite
-from neo_jax.metrics import Writer
 from tests import classify_fixtures
-from tests.pretrain_test import Stopped, lines, summary
 from tests.pretrain_test import _one_device as _one_device
+from tests.pretrain_test import lines, summary
+from tests.stopping import stopped_after
 
 EXPERIMENT = """\
 from neo_jax.experiments import glue
@@ -153,26 +153,17 @@ STILL = ("--config.classify.epochs=0", "--config.train.num_steps=1", "--config.e
 STILL += ("--config.optimizer.learning_rate=1e-12", "--config.eval.batch_size=3")
 
 
-def killed(folder, base, workdir: pathlib.Path, monkeypatch, *how: str) -> None:
+def killed(folder, base, workdir: pathlib.Path, *how: str) -> None:
     """A run that is killed after a step, and typed again."""
-    advance = Writer.advance
-
-    def stop(writer: Writer, step: int) -> None:
-        advance(writer, step)
-        if step == 5:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "advance", stop)
-        with pytest.raises(Stopped):
-            learn(folder, base, workdir, "cb", *how)
+    with stopped_after(5):
+        learn(folder, base, workdir, "cb", *how)
     assert learn(folder, base, workdir, "cb", *how) == 0
 
 
 def test_a_killed_run_goes_on_to_the_digit(
     folder, base, learned, tmp_path, monkeypatch
 ) -> None:
-    killed(folder, base, tmp_path / "cb", monkeypatch)
+    killed(folder, base, tmp_path / "cb")
     assert lines(tmp_path / "cb") == lines(learned)
     sent = "submission/CB.jsonl"
     assert (tmp_path / "cb" / sent).read_text() == (learned / sent).read_text()
@@ -188,7 +179,7 @@ def test_each_way_of_learning_goes_on_after_a_kill_and_is_read_back(
     how, folder, base, tmp_path, monkeypatch
 ) -> None:
     assert learn(folder, base, tmp_path / "whole", "cb", *how) == 0
-    killed(folder, base, tmp_path / "killed", monkeypatch, *how)
+    killed(folder, base, tmp_path / "killed", *how)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     form = [part for part in how if "form" in part]
     assert learn(folder, tmp_path / "whole", tmp_path / "again", "cb", *STILL, *form) == 0

@@ -18,7 +18,7 @@ from neo_jax import config as config_lib
 from neo_jax import main
 from neo_jax import run as run_lib
 from neo_jax.checkpoint import Checkpointer
-from neo_jax.metrics import Writer
+from tests.stopping import stopped_after
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What differs between two equal runs.
@@ -368,26 +368,14 @@ def test_the_same_command_again_changes_nothing_and_tells_the_result(
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == saved
 
 
-class Stopped(BaseException):
-    """Stands for a machine that goes away."""
-
-
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_run_that_is_broken_off_ends_with_the_same_losses(
-    finished, experiment, tmp_path, monkeypatch, at
+    finished, experiment, tmp_path, at
 ):
     """Before the first checkpoint (1), between two (3), after one and an evaluation (5)."""
-    workdir, advance = tmp_path / "run", Writer.advance
-
-    def stop(writer: Writer, step: int) -> None:
-        advance(writer, step)
-        if step == at:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "advance", stop)
-        with pytest.raises(Stopped):
-            train(experiment, workdir)
+    workdir = tmp_path / "run"
+    with stopped_after(at):
+        train(experiment, workdir)
     assert lines(workdir)[-1]["step"] == at and not (workdir / "summary.json").exists()
 
     train(experiment, workdir)

@@ -19,13 +19,13 @@ from neo_jax.data import records
 from neo_jax.data.records import Row, RowError
 from neo_jax.finetune import preference
 from neo_jax.finetune.preference import REFERENCE
-from neo_jax.metrics import Writer
 from neo_jax.state import Params
 from tests.lora_test import CONFIG, some_params
-from tests.pretrain_test import Stopped, lines, run, summary
 from tests.pretrain_test import _one_device as _one_device
 from tests.pretrain_test import experiment as experiment
 from tests.pretrain_test import finished as finished
+from tests.pretrain_test import lines, run, summary
+from tests.stopping import stopped_after
 from tests.train_test import BATCH, SEQ, VOCAB, assert_close
 
 READ = DataConfig(record_format="preference")
@@ -357,21 +357,11 @@ def test_a_killed_run_goes_on_to_the_digit(
     experiment, finished, tmp_path, monkeypatch, how: tuple[str, ...]
 ) -> None:
     assert tune(experiment, finished, tmp_path / "whole", *how) == 0
-    advance = Writer.advance
-
-    def stop(writer: Writer, step: int) -> None:
-        advance(writer, step)
-        if step == 7:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "advance", stop)
-        with pytest.raises(Stopped):
-            tune(experiment, finished, tmp_path / "killed", *how)
-        # The checkpoint was asked before the kill, and is not asked again.
-        patch.undo()
-        patch.setattr(preference.PreferenceTuning, "_ask_reference", None)
-        assert tune(experiment, finished, tmp_path / "killed", *how) == 0
+    with stopped_after(7):
+        tune(experiment, finished, tmp_path / "killed", *how)
+    # The checkpoint was asked before the kill, and is not asked again.
+    monkeypatch.setattr(preference.PreferenceTuning, "_ask_reference", None)
+    assert tune(experiment, finished, tmp_path / "killed", *how) == 0
     told, whole = lines(tmp_path / "killed"), lines(tmp_path / "whole")
     assert told == whole
     assert whole[0]["loss"] == pytest.approx(np.log(2), abs=1e-5), "the model is its reference"

@@ -21,6 +21,7 @@ from neo_jax.data.pipeline import Pipeline
 from neo_jax.metrics import Writer
 from tests.checkpoint_faults_test import disk as disk
 from tests.checkpoint_faults_test import flip_one_bit
+from tests.stopping import stopped_after
 
 BATCH, STEPS = 4, 12
 CLOCK = ("tokens_per_second", "step_seconds", "elapsed_seconds", "mfu_palm", "mfu_exact")
@@ -167,35 +168,10 @@ def test_a_run_that_was_rolled_back_and_broken_off_ends_with_the_same_losses(
     # The first between the jump and the checkpoint after it.
     for number, (at, visit) in enumerate(((5, 2), (9, 1))):
         workdir = tmp_path / str(number)
-        run_broken_off(experiment, workdir, monkeypatch, at, visit)
+        with stopped_after(at, visit):
+            run(experiment, workdir)
         assert run(experiment, workdir) == 0
         assert lines(workdir) == lines(tmp_path / "alone")
-
-
-class Stopped(BaseException):
-    """Stands for a machine that goes away."""
-
-
-def run_broken_off(
-    experiment: str,
-    workdir: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at: int,
-    visit: int = 1,
-) -> None:
-    """Ends after a step, at its first or a later visit."""
-    advance, visits = Writer.advance, []
-
-    def stop(writer: Writer, step: int) -> None:
-        advance(writer, step)
-        visits.append(step)
-        if step == at and visits.count(step) == visit:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "advance", stop)
-        with pytest.raises(Stopped):
-            run(experiment, workdir)
 
 
 @pytest.mark.slow
@@ -294,7 +270,8 @@ def test_damage_is_told_and_the_run_goes_on_from_before_whatever_the_clock_says(
 ) -> None:
     """A flipped bit in the newest checkpoint, of a machine whose clock was decades ahead."""
     began, workdir = time.monotonic(), tmp_path / "run"
-    run_broken_off(experiment, workdir, monkeypatch, 9)
+    with stopped_after(9):
+        run(experiment, workdir)
     newest = Folder.of(workdir).at(8)
     name = sorted(str(p.relative_to(newest)) for p in newest.rglob("d/*"))[0]
     flip_one_bit(newest / name, np.random.default_rng(0))

@@ -11,11 +11,11 @@ import pytest
 import neo_jax
 from neo_jax import checkpoint, state
 from neo_jax.checkpoint.folder import Folder
-from neo_jax.metrics import Writer
-from tests.pretrain_test import Stopped, lines, run, summary
 from tests.pretrain_test import _one_device as _one_device
 from tests.pretrain_test import experiment as experiment
 from tests.pretrain_test import finished as finished
+from tests.pretrain_test import lines, run, summary
+from tests.stopping import stopped_after
 
 # Another shape and other words than the checkpoint's, which must not matter.
 SHAPE = ("--config.model.embed_dim=24", "--config.data.tokenizer=gpt2")
@@ -60,23 +60,14 @@ def test_it_starts_from_the_checkpoints_shape_words_and_loss(
     [*(pytest.param(k, marks=pytest.mark.slow) for k in ("all", "last_layers")), "lora"],
 )
 def test_a_killed_tuning_goes_on_to_the_digit(
-    experiment, finished, tmp_path, monkeypatch, trainable: str
+    experiment, finished, tmp_path, trainable: str
 ) -> None:
     how = (f"--config.finetune.trainable={trainable}", "--config.finetune.last_layers=1")
     if trainable == "lora":
         how += ("--config.model.lora_rank=2", "--config.model.lora_dropout=0.2")
     assert tune(experiment, finished, tmp_path / "whole", *how) == 0
-    advance = Writer.advance
-
-    def stop(writer: Writer, step: int) -> None:
-        advance(writer, step)
-        if step == 7:
-            raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Writer, "advance", stop)
-        with pytest.raises(Stopped):
-            tune(experiment, finished, tmp_path / "killed", *how)
+    with stopped_after(7):
+        tune(experiment, finished, tmp_path / "killed", *how)
     assert tune(experiment, finished, tmp_path / "killed", *how) == 0
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 

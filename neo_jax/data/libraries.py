@@ -7,6 +7,7 @@ ArrayRecord files needs no TensorFlow, building one of its own sets does.
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import itertools
 import json
@@ -21,7 +22,7 @@ from neo_jax.data.records import Record, Row, RowError, Unreadable, to_document
 from neo_jax.data.units import Unit, number_of_units
 
 
-class _IndexedSource:
+class _IndexedSource(abc.ABC):
     """Rows that a library reads by their number; what TFDS and Hugging Face have in common."""
 
     def __init__(self, name: str, config: DataConfig) -> None:
@@ -29,9 +30,9 @@ class _IndexedSource:
         self.num_bytes = 0
         self._config = config
 
+    @abc.abstractmethod
     def _open(self) -> Any:
         """A sequence of mappings from field names to values."""
-        raise NotImplementedError
 
     def units(self) -> list[Unit]:
         total = len(self._open())

@@ -90,17 +90,25 @@ def compile_step(config: Config, topology: Topology) -> Report:
     options = {name: f if isinstance(f, bool) else str(f) for name, f in flags.items()}
     began = time.monotonic()
     prediction = None
+    compiled, needed = compile_or_count(lower(config, mesh), options)
+    if compiled is not None:
+        places = predict.places(list(mesh.devices.flat))
+        prediction = predict.predict(hlo.parse(compiled.as_text() or ""), topology, places)
+    return _report(config, topology, mesh, needed, prediction, time.monotonic() - began)
+
+
+def compile_or_count(
+    lowered: jax.stages.Lowered, options: Mapping[str, Any]
+) -> tuple[jax.stages.Compiled | None, float]:
+    """The compiled program, None where memory does not hold it, and the bytes it needs."""
     try:
-        compiled = lower(config, mesh).compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=dict(options) or None)
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-    else:
-        needed = hbm_bytes(compiled.memory_analysis())
-        places = predict.places(list(mesh.devices.flat))
-        prediction = predict.predict(hlo.parse(compiled.as_text() or ""), topology, places)
-    return _report(config, topology, mesh, needed, prediction, time.monotonic() - began)
+        return None, needed
+    return compiled, hbm_bytes(compiled.memory_analysis())
 
 
 def on_slices(config: Config, topology: Topology) -> Config:

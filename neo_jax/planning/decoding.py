@@ -101,26 +101,14 @@ def compile_decode(
         halted = np.zeros(options.batch_size, bool)
         lowered = run.lower(params, writing, rules, np.int32(context), halted)
     one_pass = None
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = compiling.out_of_memory(str(error))
-        if needed is None:
-            raise
-    else:
-        needed = compiling.hbm_bytes(compiled.memory_analysis())
+    compiled, needed = compiling.compile_or_count(lowered, {})
+    if compiled is not None:
         program = hlo.parse(compiled.as_text() or "")
         places = predict.places(list(mesh.devices.flat))
         one_pass = predict.one_more_trip(program, topology, places)
     chip, rows = topology.generation, options.batch_size
-    # A table of which a pass reads a row a text is no product.
-    positions = params["embedder"]["positions"]
-    tables = (
-        [positions]
-        if config.model.tie_embeddings and options.weight_dtype == "auto"
-        else [positions, params["embedder"]["embedding"]]
-    )
-    weights = (state.num_bytes(params) - state.num_bytes(tables)) / mesh.shape["tensor"]
+    tied = config.model.tie_embeddings and options.weight_dtype == "auto"
+    weights = _product_bytes(params, tied) / mesh.shape["tensor"]
     held = sum(
         np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(caches)
@@ -161,6 +149,16 @@ def compile_decode(
         libtpu=topologies.libtpu_version(),
         jax=jax.__version__,
     )
+
+
+def _product_bytes(params: Params, tied: bool) -> int:
+    """Of the parameters that every pass reads whole.
+
+    Of the positions, and of an embedding that is no head, it reads a row a text.
+    """
+    embedder = params["embedder"]
+    tables = [embedder["positions"], *([] if tied else [embedder["embedding"]])]
+    return state.num_bytes(params) - state.num_bytes(tables)
 
 
 def mesh_of(config: Config, topology: Topology, options: Options, context: int) -> Mesh:
