@@ -16,7 +16,7 @@ from neo_jax import pretrain, sharding, state, tokenizer, train
 from neo_jax.config import Config, MeshConfig
 from neo_jax.data import pipeline
 from neo_jax.evaluate import perplexity
-from neo_jax.finetune import rates
+from neo_jax.finetune import rates, text
 from neo_jax.state import Params
 from tests.train_test import assert_close
 
@@ -170,3 +170,14 @@ def test_the_rate_falls_with_the_size_and_is_ten_times_as_high_for_adapters() ->
     assert full == [6e-5, 3.8e-5, 2.2e-5, 1.6e-5]
     assert rate("neo_2p7b", "lora") == 1.6e-4
     assert rate("neo_2p7b", given=3e-3) == 3e-3
+
+
+def test_records_that_no_row_holds_are_counted(path) -> None:
+    def told(seq_len: int) -> str:
+        config = experiment(path, data={"seq_len": seq_len})
+        data = pipeline.build(config.data, words(), seed=0, split="train")
+        return text.cut_records(config, data)
+
+    lengths = [len(words().encode("".join(row.values()))) + 1 for row in EXAMPLES]
+    assert told(max(lengths)) == ""
+    assert told(max(lengths) - 1).startswith("; 1 records are longer than data.seq_len=")
