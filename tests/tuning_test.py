@@ -101,6 +101,7 @@ def test_it_ends_early_and_with_the_best_checkpoint(
     evaluated = [line for line in lines(workdir) if line["split"] == "eval"]
     losses = [line["loss"] for line in evaluated]
     best = evaluated[int(np.argmin(losses))]
+    assert len(losses) - 1 - int(np.argmin(losses)) == 2, "two evaluations in vain, no more"
     assert summary(workdir)["step"] < 12, losses
     assert "it gets no better, and ends here" in told
     assert f"the best checkpoint is that of step {best['step']}" in told
