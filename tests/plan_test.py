@@ -104,8 +104,11 @@ def test_the_compilers_refusal_says_how_much_it_wanted(
 def test_what_does_not_fit_says_by_how_much_and_what_would(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: pathlib.Path
 ) -> None:
-    class Refused:
-        def compile(self, **_: object) -> None:
+    class Refused(jax.stages.Lowered):
+        def __init__(self) -> None:
+            pass
+
+        def compile(self, **_: object) -> jax.stages.Compiled:
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
                 "Used 20.00G of 15.75G hbm. Exceeded hbm capacity by 4.25G."
