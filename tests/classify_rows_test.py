@@ -153,7 +153,7 @@ def params_of(model: ModelConfig, seed: int = 0) -> state.Params:
     return params
 
 
-@pytest.mark.parametrize("num_labels", [3, 1])
+@pytest.mark.parametrize("num_labels", [pytest.param(3, marks=pytest.mark.slow), 1])
 def test_a_step_of_the_head_is_torchs(num_labels: int, words, one_thread) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

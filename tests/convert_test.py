@@ -111,6 +111,7 @@ def test_a_head_is_kept(tmp_path, capsys):
     assert "only --format hf keeps its head" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stablehlo_runs_without_this_code(source, tmp_path):
     """Reloaded by a process that imports JAX alone, for two batch sizes."""
     output = tmp_path / "hlo"

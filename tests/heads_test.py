@@ -193,6 +193,7 @@ def check_alike(task: str, folder, theirs) -> None:
             assert [token["entity"] for token in answer] == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_trained_by_us_and_read_there(task, tmp_path):
     params = train_ours(task)

@@ -139,6 +139,7 @@ def lay_out(cache: pathlib.Path, name: str, files: dict[str, bytes]) -> None:
         (snapshot / file).write_bytes(files[file])
 
 
+@pytest.mark.slow
 def test_without_a_hub_the_cache_serves(session, files, tmp_path):
     """First nobody listens where the hub should be, then nobody may be asked."""
     _, home, _, _ = session

@@ -90,7 +90,8 @@ def gradients(config: Any, devices: int) -> tuple[Params, Any]:
         )(learned, frozen, batch)
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_devices_and_slices_change_neither_gradients_nor_what_is_dropped(
     dropout: float,
 ) -> None:

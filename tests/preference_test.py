@@ -193,9 +193,8 @@ def gradients(config: Config, devices: int) -> tuple[Params, Any]:
         )(learned, frozen, batch)
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(FULL, id="full"), pytest.param({}, id="lora", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [pytest.param(FULL, id="full"), pytest.param({}, id="lora")])
 def test_devices_and_slices_change_neither_losses_nor_gradients(how: Any) -> None:
     dropout = {} if how else {"lora_dropout": 0.3}
     model = how.get("model", {}) | dropout
@@ -211,7 +210,9 @@ def test_devices_and_slices_change_neither_losses_nor_gradients(how: Any) -> Non
             np.testing.assert_allclose(value, losses.extras[name], rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("length_normalised", [False, True])
+@pytest.mark.parametrize(
+    "length_normalised", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_log_probs_are_those_of_the_logits_whatever_the_padding(
     length_normalised: bool,
 ) -> None:

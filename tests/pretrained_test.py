@@ -73,6 +73,7 @@ def test_every_kind_lands_sharded(workdir, written, kind, mesh):
     )
 
 
+@pytest.mark.slow
 def test_a_mesh_answers_as_one_device(written, mesh):
     # Three rows, which the mesh's four groups of devices cannot share evenly.
     ids, whole = [[1, 2, 3], [4, 5, 6], [7, 8, 9]], neo_jax.load(written)

@@ -228,7 +228,8 @@ def test_a_step_reports_the_rate_it_used() -> None:
     graph, _ = state.model_graph(config.model)
     current = state.create(config.model, mesh, tx, 0)
     batch = jax.tree.map(jnp.asarray, ragged_batch())
-    after, metrics = train.train_step(current, batch, graph=graph, config=config, tx=tx)
+    step = jax.jit(functools.partial(train.train_step, graph=graph, config=config, tx=tx))
+    after, metrics = step(current, batch)
     assert float(metrics["learning_rate"]) == pytest.approx(1e-2 / 4)
     assert int(after.step) == 1
     # Adam's first direction has entries of ±1, decay adds a little.

@@ -72,6 +72,7 @@ def test_a_killed_tuning_goes_on_to_the_digit(
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_only_the_last_layers_move_and_are_kept(experiment, finished, tmp_path) -> None:
     workdir = tmp_path / "tuned"
     how = ("--config.finetune.trainable=last_layers", "--config.finetune.last_layers=1")
