@@ -1,5 +1,6 @@
 """Plans of rows in files: the same rows, made once, and no copy for another process."""
 
+import os
 import pickle
 
 import numpy as np
@@ -74,3 +75,33 @@ def test_a_plan_that_finds_no_room_stays_in_memory(cache, tmp_path, monkeypatch,
     assert (
         sum(length for row in rows_of(rows) for _, length in row) == store.document_ends()[-1]
     )
+
+
+def test_plans_long_not_used_make_room(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "_WORTH_A_FILE", 0)
+    folder = cache / "neo_jax" / "plans"
+    stores = [Documents(tmp_path, seed) for seed in range(4)]
+
+    def plan_of(number):
+        before = set(folder.glob("*"))
+        packing.BestFitRows(stores[number], 64)
+        (new,) = set(folder.glob("*")) - before
+        return new
+
+    first, second, third = (plan_of(number) for number in range(3))
+    half = folder / "best-fit-64-abc.1.tmp"  # of a process that was killed
+    half.mkdir()
+    one = sum(path.stat().st_size for path in first.iterdir())
+    monkeypatch.setattr(plans, "_MOST_BYTES", int(2.5 * one))
+    for age, path in ((5, half), (4, first), (3, second), (2, third)):
+        os.utime(path, (0, path.stat().st_mtime - age * plans._IN_USE_SECONDS))
+    mapped = packing.BestFitRows(stores[0], 64)  # opened, and so the newest
+    expected = rows_of(mapped)
+    fourth = plan_of(3)
+    assert set(folder.iterdir()) == {first, fourth}
+    os.utime(first, (0, 0))
+    monkeypatch.setattr(plans, "_MOST_BYTES", 0)
+    plan_of(1)
+    assert not first.exists()
+    assert fourth.exists()  # however large: a run may be handing it to its workers
+    assert rows_of(mapped) == expected  # removed, and mapped all the same

@@ -6,10 +6,12 @@ ones lie in files, so that neither the next start nor another process makes or h
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,8 @@ from neo_jax import caches
 
 _LOG = logging.getLogger(__name__)
 _WORTH_A_FILE = 64 << 20  # bytes of a plan; smaller ones are made again
+_MOST_BYTES = 16 << 30  # of all plans; five of The Pile's size
+_IN_USE_SECONDS = 3600  # after it was opened, a plan may still be on its way to a worker
 
 
 class Plan:
@@ -60,6 +64,7 @@ def kept(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.nd
         size = sum(array.nbytes for array in arrays.values())
         if size < _WORTH_A_FILE:
             return arrays
+        _make_room(folder.parent, _MOST_BYTES - size)
         try:
             _write(folder, arrays)
         except OSError as error:
@@ -68,7 +73,35 @@ def kept(key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.nd
             )
             return arrays
         _LOG.info("plan of rows kept in %s (%d bytes)", folder, size)
+    with contextlib.suppress(OSError):  # the folder's time is that of its last use
+        os.utime(folder)
     return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+
+
+def _make_room(parent: pathlib.Path, num_bytes: int) -> None:
+    """Removes what killed processes left, then the plans that were longest not opened.
+
+    A process that has mapped a plan keeps it, whatever becomes of the file's name.
+    """
+    now = time.time()
+    folders = []
+    for folder in parent.glob("*/"):
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            held = sum(path.stat().st_size for path in folder.iterdir())
+            folders.append((folder.stat().st_mtime, folder, held))
+    total = sum(held for _, folder, held in folders if folder.suffix != ".tmp")
+    for used, folder, held in sorted(folders):
+        if used > now - _IN_USE_SECONDS:
+            return
+        if folder.suffix == ".tmp":
+            shutil.rmtree(folder, ignore_errors=True)
+        elif total > num_bytes:
+            _LOG.info("plan of rows %s, long not used, is removed", folder)
+            aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+            with contextlib.suppress(OSError):  # by name at once, so that none sees half
+                folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            total -= held
 
 
 def _write(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
