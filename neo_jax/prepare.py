@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from typing import Any
 
@@ -48,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except ConfigError as error:
-        print(f"prepare: {error}", file=sys.stderr)
+    except (ConfigError, OSError) as error:
+        print(f"prepare: {_as_options(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("prepare: interrupted; the same command goes on from here.", file=sys.stderr)
     return 1
@@ -94,6 +95,11 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> Non
         parser.add_argument(f"--{name}", action="store_true", help=_OPTIONS[name])
     else:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+
+
+def _as_options(message: str) -> str:
+    """A message with the config's keys written as options of this command."""
+    return re.sub(rf"(?<![\w/.])data\.({'|'.join(_OPTIONS)})\b", r"--\1", message)
 
 
 def _run(arguments: argparse.Namespace) -> int:

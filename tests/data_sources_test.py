@@ -459,7 +459,7 @@ def test_invalid_json_deep_in_a_large_file_is_named_by_its_line(tmp_path):
 def test_a_missing_field_lists_the_fields(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"content": "x", "id": 3}]))
     line = problem(tmp_path)
-    assert "a.jsonl line 1: there is no field 'text'; there are 'content', 'id'" in line
+    assert "a.jsonl line 1: there is no field 'text'; there are 'content', 'id': name" in line
     assert texts(tmp_path, text_field="content") == ["x"]
 
 

@@ -37,6 +37,11 @@ def finish(
     report = accounting.report(tally.content(), np.concatenate([a["digests"] for a in arrays]))
     if "train" not in splits:
         output_folder.remove_all(folder)
+        if not report["records"] and (wanted := sources.subsets(settings["source"])):
+            raise ConfigError(
+                f"data source {settings['source']!r}: no record's meta.pile_set_name is "
+                f"{' or '.join(map(repr, sorted(wanted)))}."
+            )
         raise ConfigError(
             f"data source {settings['source']!r} gave no document to train on; of "
             f"{report['records']} records were {accounting.describe(report['left_out'])}, and "

@@ -18,7 +18,6 @@ from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError
 from neo_jax.data import sources, store
 
-PLAN = "prepare.json"  # the settings of a run that is not finished
 _LOCK = ".lock"
 
 
@@ -44,7 +43,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 def remove_false_start(folder: pathlib.Path) -> None:
     """Empties the folder of a run that ended before its first shard was complete."""
     done = (folder / sources.MANIFEST).exists() or any(folder.glob("part-*.json"))
-    if (folder / PLAN).exists() and not done:
+    if (folder / sources.PLAN).exists() and not done:
         remove_all(folder)
 
 
@@ -68,7 +67,7 @@ def start_or_resume(
     Raises:
       ConfigError: the folder holds something else.
     """
-    plan = folder / PLAN
+    plan = folder / sources.PLAN
     if plan.exists():
         try:
             _require_same(folder, json.loads(plan.read_text()), settings)
@@ -113,7 +112,7 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 def remove_notes(folder: pathlib.Path) -> None:
     """Removes what only a run that is not finished needs."""
-    for path in [folder / PLAN, *folder.glob("part-*"), *folder.glob("*.tmp")]:
+    for path in [folder / sources.PLAN, *folder.glob("part-*"), *folder.glob("*.tmp")]:
         path.unlink(missing_ok=True)
 
 

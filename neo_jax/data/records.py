@@ -96,7 +96,10 @@ def to_document(row: Row, group: str, config: DataConfig) -> Document:
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | np.ndarray:
-    value = _field(fields, name)
+    if name not in fields:
+        names = ", ".join(map(repr, fields)) or "none"
+        raise RowError(f"there is no field {name!r}; there are {names}: name data.text_field")
+    value = fields[name]
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):

@@ -48,6 +48,7 @@ __all__ = [
     "MANIFEST_FORMAT",
     "PILE_BYTES",
     "PILE_TOKENS_PER_BYTE",
+    "PLAN",
     "DataError",
     "Source",
     "Unit",
@@ -65,6 +66,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "neo_jax tokens 1"
+PLAN = "prepare.json"  # the settings of a run of `prepare` that is not finished
 # More raw text than this is not tokenised on the way into memory at every start.
 _MAX_MEMORY_BYTES = 4 << 30
 
@@ -85,6 +87,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     if kind == "hf":
         return HubSource(name, location, options, config)
     path = pathlib.Path(name).expanduser()
+    _refuse_tokens(name, path)
     if (path / "features.json").is_file() and (path / "dataset_info.json").is_file():
         return TfdsSource(name, path, {}, config)
     if is_saved_to_disk(path):
@@ -110,6 +113,22 @@ def prepared_directory(name: str) -> str | None:
         return None
     is_ours = isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT
     return folder if is_ours else None
+
+
+def _refuse_tokens(name: str, folder: pathlib.Path) -> None:
+    """Refuses a directory that `prepare` wrote where text is wanted; its shards are none."""
+    if prepared_directory(name) is not None:
+        raise ConfigError(
+            f"data source {name!r} is prepared already; train on it as it is, or look at it "
+            f"with --show 3."
+        )
+    if (folder / "train.ends.npy").is_file():
+        raise ConfigError(f"{folder / MANIFEST} is missing or damaged; prepare it again.")
+    if (folder / PLAN).is_file():
+        raise ConfigError(
+            f"data source {name!r} is what a run of prepare left that did not end; run the "
+            f"same command again."
+        )
 
 
 def preflight(config: DataConfig) -> None:
