@@ -87,7 +87,8 @@ def open_source(name: str, config: DataConfig) -> Source:
     if kind == "hf":
         return HubSource(name, location, options, config)
     path = pathlib.Path(name).expanduser()
-    _refuse_tokens(name, path)
+    if not readers.is_remote(name):  # there, each look takes its time
+        _refuse_tokens(name, path)
     if (path / "features.json").is_file() and (path / "dataset_info.json").is_file():
         return TfdsSource(name, path, {}, config)
     if is_saved_to_disk(path):
