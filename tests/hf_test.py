@@ -497,10 +497,39 @@ def test_files_refused(tmp_path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names shards that are missing: model-00001-of-00002.safetensors" in message()
+    for index in ({}, {"weight_map": {}}, {"weight_map": {"a": "../model.safetensors"}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "has no 'weight_map' of tensors to files beside it" in message()
     (folder / "model.safetensors.index.json").write_text("{")
     assert "cannot be read as JSON" in message()
     (folder / "config.json").unlink()
     assert "holds no config.json" in message()
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    weights = random_state(SMALL)
+    weights["transformer.ln_f.weight"] = np.ones(SMALL.embed_dim, np.int8)
+    with pytest.raises(ValueError, match=r"^transformer.ln_f.weight is stored as int8; .*$"):
+        hf.read(save(tmp_path / "m", SMALL, weights))
+
+
+def test_float64_is_read_as_float32(tmp_path):
+    weights = random_state(SMALL)
+    wider = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
+    model = hf.read(save(tmp_path / "m", SMALL, wider))
+    assert model.config.param_dtype == "float32"
+    for name, tensor in hf.to_hf(model.params, model.config).items():
+        np.testing.assert_array_equal(tensor, weights[name])
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"epoch": 3}])
+def test_a_bin_of_other_things_is_refused(tmp_path, content):
+    torch, _ = torch_and_transformers()
+    folder = save(tmp_path / "m", SMALL, random_state(SMALL))
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"^\S+ is refused, it holds other things than .*$"):
+        hf.read(folder)
 
 
 def test_writing_over_weights_is_refused(tmp_path):
@@ -538,8 +567,9 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, archive):
         torch.save(bomb, folder / "pytorch_model.bin")
     else:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(bomb))
-    with pytest.raises(ValueError, match="is refused"):
+    with pytest.raises(ValueError, match=r"^\S+ is refused, .*; give a .*$") as refused:
         hf.read(folder)
+    assert "weights_only" not in str(refused.value)  # and no advice to trust it
     assert not mark.exists()
     pickle.loads(pickle.dumps(bomb))  # the same bytes, had they been trusted
     assert mark.exists()

@@ -14,6 +14,8 @@ import functools
 import logging
 import os
 import pathlib
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
@@ -54,7 +56,7 @@ def read(
     Args:
       source: a directory with config.json and weights, or the id of a model on the hub.
       dtype: of the parameters, such as "bfloat16"; left out, as they are stored
-        (float16 becomes float32).
+        (float16 and float64 become float32).
       mesh: over which the parameters are spread as sharding.py's table says; left out, all
         on the default device.
 
@@ -70,7 +72,7 @@ def read(
     names.check_names(files.shapes, table)
     names.check_tied_head(files.shapes, files.read, config)
     # No parameter of ours is float16, whose range GPT-Neo's activations leave.
-    dtype = dtype or ("float32" if files.dtype == "float16" else files.dtype)
+    dtype = dtype or ("bfloat16" if files.dtype == "bfloat16" else "float32")
     config = dataclasses.replace(
         config,
         param_dtype=dtype,  # type: ignore[arg-type]
@@ -96,6 +98,11 @@ def stream(
         array = None if entries[0].layer is None else _zeros(leaf.shape, dtype, sharding)
         for entry in entries:
             tensor = read_tensor(entry.name)
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise ValueError(
+                    f"{entry.name} is stored as {tensor.dtype}; weights are floating-point "
+                    f"numbers, and quantised ones are not read."
+                )
             if not np.isfinite(tensor).all():
                 what = "NaN" if np.isnan(tensor).any() else "infinities"
                 logger.warning("%s holds %s; so will the model's answers.", entry.name, what)
@@ -204,7 +211,7 @@ def open_weights(folder: pathlib.Path) -> Weights:
     ):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            shards = _shards_of(index)
         elif single.is_file():
             shards = [single.name]
         else:
@@ -214,6 +221,15 @@ def open_weights(folder: pathlib.Path) -> Weights:
             raise ValueError(f"{index} names shards that are missing: {names.some(missing)}.")
         return _joined([opener(folder / name) for name in shards])
     raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
+
+
+def _shards_of(index: pathlib.Path) -> list[str]:
+    """The files beside it that a sharded index names."""
+    weight_map = read_json(index).get("weight_map")
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not shards or not all(isinstance(n, str) and pathlib.Path(n).name == n for n in shards):
+        raise ValueError(f"{index} has no 'weight_map' of tensors to files beside it.")
+    return sorted(set(shards))
 
 
 def _joined(files: list[Weights]) -> Weights:
@@ -256,13 +272,24 @@ def _open_bin(path: pathlib.Path) -> Weights:
             f"give a directory with safetensors."
         ) from None
     try:
-        # weights_only: a pickle can run any code, this reader refuses all but tensors.
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        with warnings.catch_warnings(action="ignore"):  # about versions of pickle
+            # weights_only: a pickle can run any code, this reader refuses all but tensors.
+            state = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # the reader's own, the archive's, the system's
+        # Not torch's words: they advise to read such a file without its guard.
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would run {called[1]}" if called else type(error).__name__
+        raise ValueError(
+            f"{path} is refused, it is not a whole file of tensors and nothing else "
+            f"({reason}); give a directory with safetensors."
+        ) from None
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(
+            f"{path} is refused, it holds other things than tensors by their names; give a "
+            f"directory with safetensors."
         )
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is refused, it is not a file of weights: {reason}") from None
 
     def read_tensor(name: str) -> np.ndarray:
         tensor = state[name].contiguous()
@@ -270,9 +297,9 @@ def _open_bin(path: pathlib.Path) -> Weights:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
-    floats = [t for t in state.values() if t.is_floating_point()]
+    floats = (str(t.dtype) for t in state.values() if t.is_floating_point())
     return Weights(
         shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
-        dtype=str(floats[0].dtype).removeprefix("torch."),
+        dtype=next(floats, "torch.float32").removeprefix("torch."),
         read=read_tensor,
     )
