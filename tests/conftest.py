@@ -1,7 +1,7 @@
 """What every test finds: eight simulated CPU devices, a mesh over them, optional data.
 
-Enters: the environment. Leaves: fixtures `mesh` and `data_folder`. The device count is a
-flag that XLA reads once, so it is set here, before any test imports jax.
+Enters: the environment. Leaves: fixtures `mesh`, `data_folder`, `cloud`. The device count is
+a flag that XLA reads once, so it is set here, before any test imports jax.
 """
 
 import os
@@ -21,6 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
+
+import pod_scripts  # noqa: E402
 
 # Shapes and types at public doors are enforced in tests, and only there. config/ is left
 # out: it takes whatever a user wrote, and its own words about a wrong type are under test.
@@ -71,3 +73,9 @@ def data_folder() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}; NEO_JAX_DATA names another folder")
     return folder
+
+
+@pytest.fixture
+def cloud(tmp_path: pathlib.Path) -> pod_scripts.Cloud:
+    """A cloud without pods, for the scripts in tpu_scripts/."""
+    return pod_scripts.Cloud(tmp_path)

@@ -16,7 +16,7 @@ import sys
 import pytest
 
 from main_test import EXPERIMENT
-from tpu_scripts_test import ROOT, SCRIPTS, Cloud
+from pod_scripts import ROOT, SCRIPTS, Cloud
 
 HOSTS = 4
 
