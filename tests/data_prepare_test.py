@@ -11,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 
 import fsspec
 import numpy as np
@@ -19,8 +20,9 @@ import pytest
 from neo_jax import prepare as command
 from neo_jax import tokenizer as tokenizers
 from neo_jax.config import ConfigError, DataConfig
-from neo_jax.data import output_folder, pipeline, show, sources, store, units
+from neo_jax.data import output_folder, pipeline, show, sources, store, units, workers
 from neo_jax.data import prepare as preparing
+from neo_jax.data.shards import Job
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +324,23 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path):
         process.wait()
     subprocess.run([*line, str(tmp_path / "again")], check=True, capture_output=True)
     assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+
+
+def test_work_ends_within_a_megabyte_of_an_error_elsewhere(tmp_path):
+    line = json.dumps({"text": "a" * 999}) + "\n"
+    (tmp_path / "a.jsonl").write_bytes(line.encode() * 4000)
+    config = DataConfig(source=str(tmp_path / "a.jsonl"), tokenizer="bpe:257")
+    source = sources.open_source(config.source, config)
+    tokenizer = tokenizers.train_bpe(["a"], 257)
+    (tmp_path / "out").mkdir()
+    job = Job(source, config, tmp_path / "out", 1 << 30)
+    whole = tuple(itertools.chain.from_iterable(source.units()))
+    told, stop = [], threading.Event()
+    stop.set()
+    with pytest.raises(workers._Stopped):
+        workers._do(job, tokenizer, 0, whole, 0, told.append, stop)
+    assert 1 << 20 <= sum(told) < 3 << 19
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 def test_a_finished_run_is_left_alone(config, tmp_path):

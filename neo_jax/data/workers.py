@@ -1,8 +1,9 @@
 """Processes that tokenise the units of a source.
 
 Enters: units and what is common to them. Leaves: every unit written by shards.py, in one
-process after another or in several at a time. These start while their parent is still
-opening the tokenizer, which on a corpus of a few megabytes is a good part of the work.
+process after another or in several at a time. These start while their parent, which is one of
+them, is still opening the tokenizer: on a corpus of a few megabytes that is a good part of the
+work. Where one meets an error all stop within a megabyte of text.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _PROGRESS_BYTES = 1 << 20  # of text, between two words from a process
 class Workers:
     """Processes that wait for units; used in a `with`, whose end is theirs.
 
-    One is this process itself, and starts nothing.
+    One of them is this process itself, so that a count of one starts nothing.
     """
 
     def __init__(self, count: int) -> None:
@@ -39,10 +40,12 @@ class Workers:
             return
         context = multiprocessing.get_context("spawn")
         self._done = context.SimpleQueue()  # bytes of text, as they are done
+        self._stop = context.Event()  # one has met an error
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            count, context, _start_process, (os.getpid(), self._done)
+            count - 1, context, _start_process, (os.getpid(), self._done, self._stop)
         )
-        self._pool.submit(_nothing)  # with the first order the pool starts them all
+        for _ in range(count - 1):  # an order that finds nobody idle starts a process
+            self._pool.submit(_nothing)
 
     def __enter__(self) -> Workers:
         return self
@@ -71,7 +74,7 @@ class Workers:
             disable=not show_progress,
         ) as bar:
             if self._pool is not None:
-                self._run_parallel(job, tokenizer.eos_token, units, bar)
+                self._run_parallel(job, tokenizer, units, bar)
                 return
             firsts = _first_records(job, units, map)
             with _one_thread():
@@ -79,7 +82,11 @@ class Workers:
                     prepare_unit(job, tokenizer, number, unit, first, bar.update)
 
     def _run_parallel(
-        self, job: Job, eos_token: str, units: Sequence[Unit], bar: tqdm.tqdm[Any]
+        self,
+        job: Job,
+        tokenizer: tokenizers.Tokenizer,
+        units: Sequence[Unit],
+        bar: tqdm.tqdm[Any],
     ) -> None:
         assert self._pool is not None
         reporter = threading.Thread(
@@ -88,23 +95,69 @@ class Workers:
         reporter.start()
         try:
             firsts = _first_records(job, units, self._pool.map)
-            futures = [
-                self._pool.submit(_in_process, job, eos_token, number, unit, first)
+            orders = [
+                (number, unit, first)
                 for number, (unit, first) in enumerate(zip(units, firsts, strict=True))
             ]
+            futures = [
+                self._pool.submit(_in_process, job, tokenizer.eos_token, *order)
+                for order in orders
+            ]
+            for future in futures:
+                future.add_done_callback(self._stop_on_error)
+            with _one_thread(), contextlib.suppress(_Stopped):
+                # From the end, where the others have not begun.
+                for order, future in zip(reversed(orders), reversed(futures), strict=True):
+                    if future.cancel():
+                        _do(job, tokenizer, *order, self._done.put, self._stop)
             for future in concurrent.futures.as_completed(futures):
-                future.result()
+                if not future.cancelled() and not isinstance(future.exception(), _Stopped):
+                    future.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise ConfigError(
                 "a process that tokenises was killed, perhaps for want of memory; run the "
                 "same command again, with fewer --num_processes."
             ) from None
         except BaseException:
+            self._stop.set()
             self._pool.shutdown(cancel_futures=True)  # they still tell their progress
             raise
         finally:
             self._done.put(None)
             reporter.join()
+
+    def _stop_on_error(self, future: concurrent.futures.Future[None]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            self._stop.set()
+
+
+class _Stopped(Exception):
+    """Another process has met an error, which is told there."""
+
+
+def _do(
+    job: Job,
+    tokenizer: tokenizers.Tokenizer,
+    number: int,
+    unit: Unit,
+    first: int,
+    tell: Callable[[int], Any],
+    stop: Any,
+) -> None:
+    """Brings a unit to its end; looks up every megabyte of text to tell, and to be told."""
+    waiting = 0
+
+    def progress(num_bytes: int) -> None:
+        nonlocal waiting
+        waiting += num_bytes
+        if waiting >= _PROGRESS_BYTES:
+            tell(waiting)
+            waiting = 0
+            if stop.is_set():
+                raise _Stopped
+
+    prepare_unit(job, tokenizer, number, unit, first, progress)
+    tell(waiting)
 
 
 def _first_records(job: Job, units: Sequence[Unit], parallel: Callable[..., Any]) -> list[int]:
@@ -137,12 +190,13 @@ def _one_thread() -> Iterator[None]:
 # ------------------------------------------------------------------------- in a process
 
 _tell: Callable[[int], Any]
+_stop: Any  # an event
 _ready: tuple[Job, tokenizers.Tokenizer] | None = None  # from the first unit on
 
 
-def _start_process(parent: int, done: Any) -> None:
-    global _tell
-    _tell = done.put
+def _start_process(parent: int, done: Any, stop: Any) -> None:
+    global _tell, _stop
+    _tell, _stop = done.put, stop
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
@@ -167,14 +221,4 @@ def _in_process(job: Job, eos_token: str, number: int, unit: Unit, first: int) -
     if _ready is None:  # a source may keep files open, and a tokenizer takes long to read
         path = job.folder / tokenizers.FILE_NAME
         _ready = job, tokenizers.load_file(path, eos_token)
-    waiting = 0
-
-    def progress(num_bytes: int) -> None:
-        nonlocal waiting
-        waiting += num_bytes
-        if waiting >= _PROGRESS_BYTES:
-            _tell(waiting)
-            waiting = 0
-
-    prepare_unit(*_ready, number, unit, first, progress)
-    _tell(waiting)
+    _do(*_ready, number, unit, first, _tell, _stop)
