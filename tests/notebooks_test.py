@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
-# In the order in which they run: quickstart asks the model that pretrain_tiny leaves.
-NAMES = ("pretrain_tiny", "quickstart", "pretrain_pod")
+# In the order in which they run: the model that pretrain_tiny leaves is asked and tuned.
+NAMES = ("pretrain_tiny", "quickstart", "finetune_lora", "pretrain_pod")
 
 each = pytest.mark.parametrize("name", NAMES)
 
