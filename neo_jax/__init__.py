@@ -8,7 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neo_jax.pretrained import LanguageModel
+    from neo_jax.language_model import LanguageModel
 
 
 def load(source: str | os.PathLike[str], **options: Any) -> LanguageModel:

@@ -47,6 +47,7 @@ WAY = (
     "hf",
     "mtf",
     "generate",
+    "language_model",
     "pretrained",
     "evaluate",
     "stablehlo",

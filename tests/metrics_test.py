@@ -16,6 +16,7 @@ import pytest
 from neo_jax import config as config_lib
 from neo_jax import metrics
 from neo_jax.config import ConfigError, FinetuneConfig
+from neo_jax.metrics import plotting
 
 
 class Clock:
@@ -473,5 +474,5 @@ def test_the_plot_of_one_line_and_of_none(tmp_path):
 
 def test_smoothing_keeps_a_constant_and_passes_over_gaps():
     values = np.array([3.0, 3.0, np.nan, 3.0, 3.0, 3.0])
-    np.testing.assert_allclose(metrics._smooth(values, 3), 3.0)
-    assert np.isnan(metrics._smooth(np.array([1.0, np.nan, 1.0]), 1)[1])
+    np.testing.assert_allclose(plotting._smooth(values, 3), 3.0)
+    assert np.isnan(plotting._smooth(np.array([1.0, np.nan, 1.0]), 1)[1])

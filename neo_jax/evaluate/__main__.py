@@ -27,7 +27,7 @@ from neo_jax.evaluate.asking import Asker
 from neo_jax.evaluate.documents import Text
 from neo_jax.evaluate.scoring import Scorer
 from neo_jax.evaluate.tasks import Item, Outcome, Task
-from neo_jax.pretrained import LanguageModel
+from neo_jax.language_model import LanguageModel
 
 _EXAMPLES = """\
 examples:

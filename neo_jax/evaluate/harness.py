@@ -47,7 +47,7 @@ from neo_jax.evaluate.hosts import Calls, calls_of
 from neo_jax.evaluate.scoring import Scorer
 from neo_jax.evaluate.tasks import Outcome
 from neo_jax.evaluate.tasks.registry import nearest
-from neo_jax.pretrained import LanguageModel
+from neo_jax.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from neo_jax.evaluate.batching import Request
 from neo_jax.evaluate.scoring import Score, Scorer
-from neo_jax.pretrained import LanguageModel
+from neo_jax.language_model import LanguageModel
 
 Result = TypeVar("Result")
 Calls = Mapping[str, Callable[..., Any]]

@@ -26,7 +26,7 @@ from neo_jax.evaluate.documents import Figure, Text
 from neo_jax.evaluate.scoring import Scorer
 from neo_jax.evaluate.tasks import Item, Outcome, Task
 from neo_jax.evaluate.tasks.registry import nearest
-from neo_jax.pretrained import LanguageModel
+from neo_jax.language_model import LanguageModel
 from neo_jax.state import Params
 from neo_jax.tokenizer import Tokenizer
 

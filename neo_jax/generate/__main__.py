@@ -22,7 +22,7 @@ import jax
 from neo_jax import compilation, host_memory, pretrained, sharding
 from neo_jax.config import ConfigError, MeshConfig
 from neo_jax.generate import Options, Written, from_keywords
-from neo_jax.pretrained import LanguageModel
+from neo_jax.language_model import LanguageModel
 
 _EXAMPLES = """examples:
   python -m neo_jax.generate --checkpoint runs/cpu_smoke --prompt "Fellow citizens"
