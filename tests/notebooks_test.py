@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 # In the order in which they run: the model that pretrain_tiny leaves is asked and tuned.
-NAMES = ("pretrain_tiny", "quickstart", "finetune_lora", "pretrain_pod")
+NAMES = ("pretrain_tiny", "quickstart", "finetune_lora", "glue", "pretrain_pod")
 
 each = pytest.mark.parametrize("name", NAMES)
 
