@@ -167,7 +167,14 @@ def test_the_pods_page_computes_what_it_says() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert f"`{done.stdout.strip()}`" in page.read_text()
+    assert f"```text\n{done.stdout}```" in page.read_text()
+    # It fills in what the table above it predicts.
+    predicted = re.findall(
+        r"^\| (v\S+) .*? ([\d,]+) \| [\d.]+ % /", page.read_text(), re.MULTILINE
+    )
+    assert dict(re.findall(r"'(v\S+)', \d+, (\d+)", code)) == {
+        pod: speed.replace(",", "") for pod, speed in predicted
+    }
 
 
 @pytest.mark.slow
