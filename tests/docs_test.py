@@ -179,7 +179,8 @@ def test_the_pods_page_computes_what_it_says() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("material") is None, reason="the extra docs is not installed"
+    None in map(importlib.util.find_spec, ("material", "mkdocstrings")),
+    reason="the extra docs is not installed",
 )
 def test_the_site_builds_without_a_warning(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
@@ -192,3 +193,7 @@ def test_the_site_builds_without_a_warning(tmp_path: pathlib.Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Capture" not in done.stderr and (tmp_path / "pods" / "index.html").is_file()
+    # What a docstring says is on the page.
+    reference = (tmp_path / "reference" / "index.html").read_text()
+    assert "from a workdir, a directory of any kind" in reference
+    assert "accumulation_steps" in reference
