@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import pathlib
+import shutil
+import subprocess
 import sys
 import types
 from typing import Any
@@ -38,6 +40,32 @@ def test_it_is_kept_with_its_outputs(name: str) -> None:
 def test_it_tells_before_it_does(name: str) -> None:
     first = "".join(cells(name, "markdown")[0]["source"])
     assert first.startswith("# ") and len(first) > 100
+
+
+def test_badges_open_it_where_the_repository_is(tmp_path: pathlib.Path) -> None:
+    for path in FOLDER.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+
+    def tell(address: str) -> str:
+        command = [sys.executable, str(tmp_path / "badges.py"), address]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+    assert tell("https://github.com/they/theirs") == ""
+    assert tell("https://github.com/we/ours") == ""  # in place of the other's
+    for name in NAMES:
+        before = (FOLDER / f"{name}.ipynb").read_text()
+        after = (tmp_path / f"{name}.ipynb").read_text()
+        page = f"github.com/we/ours/blob/main/notebooks/{name}.ipynb"
+        assert after.count(page) == (0 if name == "pretrain_pod" else 1)
+        page = page.replace("github.com", "colab.research.google.com/github")
+        assert after.count(page) == (0 if name == "pretrain_pod" else 1)
+        assert "theirs" not in after
+        assert after.count('"git+https://github.com/we/ours') == before.count("NEO_JAX_SOURCE")
+        outputs = [cell.get("outputs") for cell in json.loads(after)["cells"]]
+        assert outputs == [cell.get("outputs") for cell in json.loads(before)["cells"]]
+    told = tell("github.com/we/ours")
+    assert "'github.com/we/ours' is no repository" in told and told.count("\n") == 1
 
 
 def executor() -> types.ModuleType:
