@@ -32,7 +32,7 @@ train: $(VENV)/.core ## Train, evaluate and sample experiments/cpu_smoke.py; aga
 	$(BIN)/python -m neo_jax.main --config cpu_smoke --workdir $(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test ## Run the test suite; ARGS="-m slow" runs the long ones
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev ## Check style, format and types
 	$(BIN)/ruff check

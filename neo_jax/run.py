@@ -349,12 +349,15 @@ class Run(abc.ABC):
         return self.config.eval.batch_size or self.config.data.batch_size
 
     def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Every host has all of the held-out data at hand and gives the mesh its own rows."""
-        index, count = sharding.host_share(self.mesh, self.eval_batch_size)
-        rows = self.eval_batch_size // count
-        first = rows * index
-        own = {key: array[first : first + rows] for key, array in batch.items()}
-        return train.place_batch(own, self.mesh, self.eval_batch_size)
+        """Every host has all of the held-out data at hand and gives its devices their rows."""
+        return {
+            key: jax.make_array_from_callback(
+                array.shape,
+                sharding.batch_sharding(self.mesh, array.shape),
+                lambda at, array=array: array[at],
+            )
+            for key, array in batch.items()
+        }
 
     def _headline(self, step: int) -> str:
         model = state.num_params(self.config.model)

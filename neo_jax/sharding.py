@@ -294,27 +294,39 @@ def host_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """Which part of every batch this process loads.
 
     Returns:
-      Its index and the number of parts: the batch's rows index/count … (index+1)/count.
-      Processes that share sequences load the same part.
+      Its index and the number of parts: it loads the batch's rows index/count …
+      (index+1)/count, for the places that `rows_by_process` names. Processes that share
+      sequences load the same part.
 
     Raises:
-      ConfigError: the batch does not divide, or this process' devices hold rows that are
-        not one such part.
+      ConfigError: the batch does not divide, or the processes' rows are no equal parts.
     """
-    places = batch_sharding(mesh, (batch_size, mesh.shape["context"]))
-    shape = (batch_size, mesh.shape["context"])
-    rows: set[int] = set()
-    for index in places.addressable_devices_indices_map(shape).values():
-        assert index is not None
-        rows |= set(range(*index[0].indices(batch_size)))
-    first, count = min(rows), batch_size // len(rows)
-    if rows != set(range(first, first + len(rows))) or first % len(rows):
+    rows = rows_by_process(mesh, batch_size)
+    parts = sorted(set(rows.values()))
+    whole = sorted(row for part in parts for row in part)
+    if whole != list(range(batch_size)) or len({len(part) for part in parts}) > 1:
         raise ConfigError(
-            f"mesh: the devices of process {jax.process_index()} hold {len(rows)} of "
-            f"{batch_size} sequences that are no part of the batch in one piece; let "
-            f"mesh.tensor × mesh.context divide its {jax.local_device_count()} devices."
+            f"mesh: {len(rows)} processes hold {len(parts)} parts of {batch_size} sequences "
+            f"that overlap in part; let mesh.tensor × mesh.context divide the "
+            f"{jax.local_device_count()} devices of a process."
         )
-    return first // len(rows), count
+    return parts.index(rows[jax.process_index()]), len(parts)
+
+
+def rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, tuple[int, ...]]:
+    """The rows of a batch on each process' devices, in order.
+
+    The chips of a TPU's host are neighbours in two dimensions, and so seldom in one: their
+    rows are not always one piece of the batch.
+    """
+    shape = (batch_size, mesh.shape["context"])
+    rows: dict[int, set[int]] = {}
+    places = batch_sharding(mesh, shape).devices_indices_map(shape)
+    for device, index in places.items():
+        assert index is not None
+        own = rows.setdefault(device.process_index, set())
+        own.update(range(*index[0].indices(batch_size)))
+    return {process: tuple(sorted(own)) for process, own in rows.items()}
 
 
 def describe(params: Any, mesh: Mesh) -> str:

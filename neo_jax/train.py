@@ -225,16 +225,20 @@ def train_step(
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_rows: int) -> Batch:
-    """This host's rows of a batch, as arrays over the whole mesh."""
-    index, _ = sharding.host_share(mesh, global_rows)
+    """This host's rows of a batch, as arrays over the whole mesh.
+
+    Its rows fill the places on its own devices in order; where those are no one piece of the
+    batch, the arrays hold the batch's rows in another order, on all hosts alike.
+    """
+    own_places = sharding.rows_by_process(mesh, global_rows)[jax.process_index()]
 
     def place(rows: np.ndarray) -> Array:
-        shape, first = (global_rows, *rows.shape[1:]), index * len(rows)
+        shape = (global_rows, *rows.shape[1:])
 
         def part(at: tuple[slice, ...] | None) -> np.ndarray:
             assert at is not None
-            start, stop, _ = at[0].indices(global_rows)
-            return rows[(slice(start - first, stop - first), *at[1:])]
+            own = np.searchsorted(own_places, np.arange(*at[0].indices(global_rows)))
+            return rows[(own, *at[1:])]
 
         return jax.make_array_from_callback(shape, sharding.batch_sharding(mesh, shape), part)
 

@@ -325,6 +325,30 @@ def test_only_work_between_start_and_done_hides_a_collective(milliseconds: float
     assert inside.seconds_without_overlap == pytest.approx(WHOLE + seconds, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("moves", "hops", "messages"),
+    [
+        ([(0, 1), (1, 2), (2, 3), (3, 0)], 3, 1),  # the long way back has the other lanes
+        ([(0, 2), (1, 3), (2, 0), (3, 1)], 2, 2),  # two messages between the middle chips
+        ([(i, (i + 4) % 16) for i in range(16)], 3, 1),  # four columns beside one another
+        ([(0, 5), (5, 0)], 2, 1),  # along one dimension, then the other
+    ],
+)
+def test_messages_that_share_a_link_wait_for_each_other(
+    moves: list[tuple[int, int]], hops: int, messages: int
+) -> None:
+    pairs = ",".join(f"{{{a},{b}}}" for a, b in moves)
+    text = f"""\
+ENTRY %main (a: f32[1048576]) -> f32[1048576] {{
+  %a = f32[1048576]{{0}} parameter(0)
+  ROOT %r = f32[1048576]{{0}} collective-permute(%a), source_target_pairs={{{pairs}}}
+}}
+"""
+    prediction = predict.predict(hlo.parse(text), V5E, PLACES)
+    sending = messages * 4 * 1048576 / CHIP.link_bytes_per_second
+    assert prediction.seconds == pytest.approx(sending + hops * predict.HOP_SECONDS)
+
+
 def test_a_group_over_two_slices_crosses_the_network() -> None:
     two = topologies.parse("v5e:2x2", num_slices=2)
     places = [predict.Place(s, (x, y, 0)) for s in (0, 1) for y in (0, 1) for x in (0, 1)]

@@ -33,6 +33,22 @@ def get_config():
 """
 
 
+# A pod's hosts have squares of its grid: rows of a batch that lie apart.
+INTERLEAVED = """
+import jax
+from neo_jax import sharding
+
+make_mesh = sharding.make_mesh
+
+def interleaved(config):
+    half = jax.device_count() // 2
+    devices = jax.devices()
+    return make_mesh(config, [devices[i // 2 + i % 2 * half] for i in range(len(devices))])
+
+sharding.make_mesh = interleaved
+"""
+
+
 def start(experiment: pathlib.Path, workdir: pathlib.Path, devices: int, *more: str):
     command = [sys.executable, "-m", "neo_jax.main", "--config", str(experiment)]
     flag = f"--xla_force_host_platform_device_count={devices}"
@@ -61,7 +77,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     experiment = tmp_path / "mine.py"
     experiment.write_text(EXPERIMENT.format(texts=f"{tmp_path}/*.txt"))
 
-    def two(name: str) -> list[float]:
+    def two(name: str, experiment: pathlib.Path = experiment, *more: str) -> list[float]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -69,7 +85,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
             start(
                 *(experiment, tmp_path / name, 4),
                 *("--coordinator", f"localhost:{port}", "--num_processes", "2"),
-                *("--process_id", str(i)),
+                *("--process_id", str(i), *more),
             )
             for i in range(2)
         ]
@@ -80,6 +96,10 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     assert len(one) == 6  # 4 steps, the evaluation after the second, and the last
     np.testing.assert_allclose(first, one, rtol=1e-5)
     assert first == second
+    apart = tmp_path / "apart.py"
+    apart.write_text(experiment.read_text() + INTERLEAVED)
+    meshes = ("--config.mesh.fsdp=8", "--config.mesh.tensor=1")
+    np.testing.assert_allclose(two("apart", apart, *meshes), one, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,24 @@ def test_a_process_loads_the_rows_of_its_devices(mesh):
         sharding.host_share(mesh, 6)
 
 
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v4:2x2x4", "v5e:8x8"])
+def test_hosts_of_a_pod_share_a_batch(topology):
+    """Their chips are squares of the grid, and their rows seldom one piece of the batch."""
+    chips = tpu_compiler.mesh(topology, MeshConfig(fsdp=-1))
+    rows = sharding.rows_by_process(chips, 2 * chips.size)
+    assert len(rows) == chips.size // 4
+    assert sorted(row for own in rows.values() for row in own) == list(range(2 * chips.size))
+    assert {len(own) for own in rows.values()} == {8}
+    assert sharding.host_share(chips, 2 * chips.size) == (0, len(rows))
+
+
+def test_processes_that_overlap_in_part_are_refused(mesh, monkeypatch):
+    rows = {0: (0, 1, 2, 3), 1: (2, 3, 4, 5), 2: (4, 5, 6, 7)}
+    monkeypatch.setattr(sharding, "rows_by_process", lambda *_: rows)
+    with pytest.raises(ConfigError, match="3 parts of 8 sequences that overlap in part"):
+        sharding.host_share(mesh, 8)
+
+
 def test_the_plan_in_words(mesh):
     _, params = state.model_graph(preset_model("neo_125m"))
     text = sharding.describe(params, mesh)

@@ -349,12 +349,17 @@ class _Timer:
             far = any(
                 self._places[a].slice_index != self._places[b].slice_index for a, b in groups
             )
-            ici, dcn = (0.0, size) if far else (size, 0.0)
+            if not far:
+                pairs = [(self._places[a], self._places[b]) for a, b in groups]
+                hops, busiest = self._permutation(pairs)
+                seconds = size * busiest / self._chip.link_bytes_per_second
+                return _Cost("ici", seconds + hops * HOP_SECONDS, {"ici_bytes": size})
+            ici, dcn = 0.0, size
         else:
             spread = inside / 4 if opcode == "all-to-all" else 1.0
             ici = rounds * size * (inside - 1) / inside * max(spread, 1.0)
             dcn = rounds * size / inside * (slices - 1) / slices
-        hops, links = self._route(group, single=opcode == "collective-permute")
+        hops, links = self._route(group)
         per_device = self._chip.link_bytes_per_second / self._chip.devices
         counts = {"ici_bytes": ici, "dcn_bytes": dcn}
         if dcn:
@@ -363,14 +368,38 @@ class _Timer:
             return _Cost("dcn", max(seconds, ici / (links * per_device)), counts)
         return _Cost("ici", ici / (links * per_device) + hops * HOP_SECONDS, counts)
 
-    def _route(self, group: Sequence[Place], *, single: bool) -> tuple[int, int]:
+    def _route(self, group: Sequence[Place]) -> tuple[int, int]:
         """Hops between the farthest chips of a group; links out of each that it uses."""
         hops = links = 0
         for dim, size in enumerate(self._topology.grid):
             used = {place.coords[dim] for place in group}
             if len(used) < 2:
                 continue
-            ring = len(used) == size and size % self._chip.wraps_at == 0
+            ring = len(used) == size and self._closes(dim)
             hops += len(used) // 2 if ring else max(used) - min(used)
             links += 2 if ring else 1
-        return hops, 1 if single else max(links, 1)
+        return hops, max(links, 1)
+
+    def _permutation(self, pairs: Sequence[tuple[Place, Place]]) -> tuple[int, int]:
+        """The most hops that a message of these makes, and the most messages on one link.
+
+        Each goes the shortest way, along one dimension after the other.
+        """
+        most, loads = 0, collections.Counter[tuple[object, ...]]()
+        for source, target in pairs:
+            at, hops = list(source.coords), 0
+            for dim, size in enumerate(self._topology.grid):
+                way = target.coords[dim] - at[dim]
+                if self._closes(dim) and abs(way) > size // 2:
+                    way -= int(math.copysign(size, way))
+                for _ in range(abs(way)):
+                    step = 1 if way > 0 else -1
+                    loads[(*at, dim, step)] += 1
+                    at[dim] = (at[dim] + step) % size
+                hops += abs(way)
+            most = max(most, hops)
+        return most, max(loads.values(), default=0)
+
+    def _closes(self, dim: int) -> bool:
+        """Whether the ends of a dimension of the torus are neighbours."""
+        return self._topology.grid[dim] % self._chip.wraps_at == 0
