@@ -262,9 +262,7 @@ def _local_gradients(
     )
     d_x_BTD = jnp.moveaxis(d_x_KBCD, 0, 1).reshape(x_BTD.shape[0], -1, x_BTD.shape[2])
     # Each device has summed over its tokens for all of D, and keeps the total of its part.
-    # What travels has the type of the layers' gradients; the sum over tokens was exact.
     assert set(axes.embed) <= set(axes.tokens)
-    d_head_DV = d_head_DV.astype(x_BTD.dtype)
     if axes.embed:
         d_head_DV = jax.lax.psum_scatter(
             d_head_DV, axes.embed, scatter_dimension=0, tiled=True

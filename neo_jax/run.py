@@ -350,14 +350,12 @@ class Run(abc.ABC):
 
     def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Every host has all of the held-out data at hand and gives its devices their rows."""
-        return {
-            key: jax.make_array_from_callback(
-                array.shape,
-                sharding.batch_sharding(self.mesh, array.shape),
-                lambda at, array=array: array[at],
-            )
-            for key, array in batch.items()
-        }
+
+        def place(array: np.ndarray) -> jax.Array:
+            rows = sharding.batch_sharding(self.mesh, array.shape)
+            return jax.make_array_from_callback(array.shape, rows, lambda at: array[at])
+
+        return {key: place(array) for key, array in batch.items()}
 
     def _headline(self, step: int) -> str:
         model = state.num_params(self.config.model)

@@ -322,7 +322,8 @@ def rows_by_process(mesh: Mesh, batch_size: int) -> dict[int, tuple[int, ...]]:
     shape = (batch_size, mesh.shape["context"])
     rows: dict[int, set[int]] = {}
     places = batch_sharding(mesh, shape).devices_indices_map(shape)
-    for device, index in places.items():
+    for device in mesh.devices.flat:
+        index = places[device]
         assert index is not None
         own = rows.setdefault(device.process_index, set())
         own.update(range(*index[0].indices(batch_size)))

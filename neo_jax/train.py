@@ -238,7 +238,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_rows: int) -
         def part(at: tuple[slice, ...] | None) -> np.ndarray:
             assert at is not None
             own = np.searchsorted(own_places, np.arange(*at[0].indices(global_rows)))
-            return rows[(own, *at[1:])]
+            return rows[own][:, *at[1:]]
 
         return jax.make_array_from_callback(shape, sharding.batch_sharding(mesh, shape), part)
 
