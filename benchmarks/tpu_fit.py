@@ -37,7 +37,14 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PRESETS = ("neo_125m", "neo_350m", "neo_1p3b", "neo_2p7b")
 # Most wanted first: a run that is stopped has done those.
 TOPOLOGIES = (
-    *(("v5e-16", 1), ("v6e-16", 1), ("v5e:2x2", 1), ("v5e-256", 1), ("v6e-8", 1)),
+    *(
+        ("v5e-16", 1),
+        ("v6e-16", 1),
+        ("v5e:2x2", 1),
+        ("v5e-64", 1),
+        ("v5e-256", 1),
+        ("v6e-8", 1),
+    ),
     *(("v4-8", 1), ("v4-32", 1), ("v5e-1", 1), ("v5e-8", 1), ("v5p-8", 1), ("v5p-16", 1)),
     *(("tpu7x-8", 1), ("v5e-16", 2)),
 )
