@@ -9,6 +9,7 @@ that address. Outputs stay; another address takes an earlier one's place.
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 import re
@@ -49,16 +50,25 @@ def tell(path: pathlib.Path, repository: str) -> None:
 
 
 def main() -> None:
-    """Runs the command."""
-    if len(sys.argv) != 2 or not re.fullmatch(
-        r"https://github\.com/[\w.-]+/[\w.-]+", sys.argv[1]
-    ):
-        sys.exit(
-            f"badges.py: {' '.join(sys.argv[1:])!r} is no repository; "
-            f"give https://github.com/OWNER/NAME."
+    """Runs the command.
+
+    Raises:
+      SystemExit: 2 where the address is none of a repository on GitHub.
+    """
+    parser = argparse.ArgumentParser(
+        description="Writes badges that open the notebooks in Colab and Kaggle.",
+        epilog="example: python notebooks/badges.py https://github.com/OWNER/NAME",
+    )
+    parser.add_argument("repository", help="https://github.com/OWNER/NAME")
+    repository = parser.parse_args().repository
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", repository):
+        print(
+            f"badges.py: {repository!r} is no repository; give https://github.com/OWNER/NAME.",
+            file=sys.stderr,
         )
+        sys.exit(2)
     for path in sorted(HERE.glob("*.ipynb")):
-        tell(path, sys.argv[1])
+        tell(path, repository)
 
 
 if __name__ == "__main__":

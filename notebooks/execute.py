@@ -3,16 +3,16 @@
     python notebooks/execute.py pretrain_tiny quickstart pretrain_pod
 
 Enters: names of notebooks beside this file, and the environment variables that they read
-(NEO_JAX_SHORT, NEO_JAX_RUNS). Leaves: the same files with new outputs. A cell that fails ends
-it with the cell's error. Needs the extra `docs`.
+(NEO_JAX_SHORT, NEO_JAX_RUNS, NEO_JAX_MODEL, NEO_JAX_GLUE). Leaves: the same files with new
+outputs. A cell that fails ends it with the cell's error. Needs the extra `docs`.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import re
-import sys
 import tempfile
 
 import nbclient
@@ -51,10 +51,23 @@ def last_states(text: str) -> str:
 
 
 def main() -> None:
-    """Runs the command."""
+    """Runs the command.
+
+    Raises:
+      SystemExit: 2 where no such notebook is there.
+    """
+    parser = argparse.ArgumentParser(
+        description="Executes notebooks from top to bottom, and keeps their outputs.",
+        epilog="example: python notebooks/execute.py pretrain_tiny quickstart finetune_lora",
+    )
+    there = sorted(path.stem for path in HERE.glob("*.ipynb"))
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", choices=there, help=f"of {', '.join(there)}"
+    )
+    names = parser.parse_args().names
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("NEO_JAX_RUNS", os.path.join(folder, "runs"))
-        for name in sys.argv[1:]:
+        for name in names:
             notebook = execute(name, pathlib.Path(folder))
             nbformat.write(notebook, HERE / f"{name}.ipynb")
             print(f"{name}: executed")
