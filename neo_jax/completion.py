@@ -6,6 +6,7 @@ second: options are read from the source of a verb's module, since running it wo
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import pathlib
 import re
@@ -81,6 +82,8 @@ def candidates(words: Sequence[str], verbs: Mapping[str, tuple[str, str]]) -> li
         found = experiments()
     elif last.startswith("-"):
         found = options(verbs[before[0]][0])
+    elif len(before) == 1:
+        found = re.findall(r"""\bverb\(["'](\w+)["']""", _source(verbs[before[0]][0]))
     else:
         return []
     return [word for word in found if word.startswith(last)]
@@ -88,14 +91,57 @@ def candidates(words: Sequence[str], verbs: Mapping[str, tuple[str, str]]) -> li
 
 def options(module: str) -> list[str]:
     """The long options that a command's source declares."""
+    source = _source(module)
+    found = set(re.findall(r"""["'](--[a-z][a-z0-9_]*)["']""", source))
+    return sorted(found | _declared_together(ast.parse(source)))
+
+
+def _source(module: str) -> str:
+    """Of a command; empty where there is no such module."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        return []
+        return ""
     origin = pathlib.Path(spec.origin)
     # A package's command stands in __main__.py.
     if origin.name == "__init__.py":
         origin = origin.with_name("__main__.py")
-    return sorted(set(re.findall(r"""["'](--[a-z][a-z0-9_]*)["']""", origin.read_text())))
+    return origin.read_text()
+
+
+def _declared_together(tree: ast.Module) -> set[str]:
+    """Options that a loop or a function declares, as in `add_argument(f"--{name}")`.
+
+    `name` is a constant of the module, goes through a tuple or a table of the module, or is
+    looked up in such a table.
+    """
+    constants: dict[str, list[str]] = {}
+    for line in tree.body:
+        if isinstance(line, ast.Assign | ast.AnnAssign) and line.value is not None:
+            target = line.targets[0] if isinstance(line, ast.Assign) else line.target
+            constants[ast.unparse(target)] = _first_words(line.value)
+    # Where a variable's values come from: the name of a constant, or a tuple in its place.
+    values = {name: list(words) for name, words in constants.items()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.For):
+            name = ast.unparse(node.target).strip("()").split(",")[0]
+            table = ast.unparse(node.iter).removesuffix(".items()")
+            values.setdefault(name, []).extend(constants.get(table) or _first_words(node.iter))
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) in constants:
+            name, table = ast.unparse(node.slice), ast.unparse(node.value)
+            values.setdefault(name, []).extend(constants[table])
+    return {
+        f"--{value}"
+        for name in re.findall(r"""add_argument\(f["']--\{(\w+)\}""", ast.unparse(tree))
+        for value in values.get(name, [])
+    }
+
+
+def _first_words(node: ast.expr) -> list[str]:
+    """The string itself, a table's keys, or what each entry of a tuple begins with."""
+    if isinstance(node, ast.Tuple):
+        return [word for entry in node.elts for word in _first_words(entry)[:1]]
+    keys = node.keys if isinstance(node, ast.Dict) else [node]
+    return [k.value for k in keys if isinstance(k, ast.Constant) and isinstance(k.value, str)]
 
 
 def experiments() -> list[str]:
