@@ -28,7 +28,7 @@ def get_config():
     config.optimizer.update(learning_rate=1e-4, warmup_steps=0, eps=1e-6)
     config.mesh.update(fsdp=4, tensor=2)
     config.train.update(num_steps=4, log_every=1)
-    config.eval.every = 2
+    config.eval.update(every=2, sample_tokens=8)
     return config
 """
 
