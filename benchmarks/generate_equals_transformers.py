@@ -7,17 +7,22 @@ Prompts of 1 to 300 tokens are pieces of the file, or random ids without one. Wh
 texts part, the logits at that place are computed anew in float64 by transformers, and the gap
 between the two tokens is printed beside the largest difference between the float32 logits of
 the two programs: a smaller gap is a tie that rounding decides. Of beams that part it prints
-what each found is worth; with `--float64` both programs compute in float64, where no rounding
-parts them. `--random` draws the weights anew, of the checkpoint's shape, three times as
-large as at birth.
+what each found is worth. With `--float64` both programs compute in float64, where rounding
+parts nothing: transformers' beam search, which adds up in float32 whatever the model's type,
+runs with that one type replaced in its source. `--random` draws the weights anew, of the
+checkpoint's shape, three times as large as at birth.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import pathlib
+import re
 import tempfile
+import textwrap
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,6 +113,17 @@ def beams_part(
     return f"log p of ours {totals[0]:.6f}, of theirs {totals[1]:.6f}"
 
 
+def add_up_in_float64() -> None:
+    """Makes transformers' beam search keep its scores in float64."""
+    kind, utils = transformers.GenerationMixin, transformers.generation.utils
+    source = textwrap.dedent(inspect.getsource(kind._beam_search))
+    source, count = re.subn(r"torch\.float(32)?\b", "torch.float64", source)
+    assert count == 3, f"{count} places, not 3: transformers is another version"
+    found: dict[str, Any] = {}
+    exec(compile(source, utils.__file__, "exec"), vars(utils), found)
+    kind._beam_search = found["_beam_search"]
+
+
 def main() -> None:
     """Prints a line for each prompt and way of writing."""
     parser = argparse.ArgumentParser(
@@ -137,6 +153,7 @@ def main() -> None:
     model = load(source, "float64" if arguments.float64 else "float32")
     if arguments.float64:
         theirs = theirs.double()
+        add_up_in_float64()
     text = arguments.text.read_text(encoding="utf-8") if arguments.text else None
     asked = prompts(model, text, arguments.tokens)
     for name, options in {
