@@ -167,6 +167,26 @@ def test_int8_kernels_are_near_and_stay_int8_in_the_step() -> None:
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
 
 
+def test_adapters_merge_into_int8_kernels_in_float32_and_stay_unrounded() -> None:
+    model = dataclasses.replace(CONFIG.model, kernel_dtype="int8")
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    like = state.abstract_params(model, mesh)
+    coarse = lora.with_int8_kernels(some_params(), like)
+    linear = coarse["blocks"]["mlp"]["up"]
+    assert {leaf.dtype for leaf in linear["adapter"].values()} == {jnp.dtype("float32")}
+    merged, plain = lora.merge(coarse, model)
+    assert (plain.kernel_dtype, plain.lora_rank) == ("param", 0)
+    values, scale, a, b = (
+        np.asarray(x, np.float64)
+        for x in (linear["kernel"], linear["kernel_scale"], *map(linear["adapter"].get, "ab"))
+    )
+    rank_times = model.lora_alpha / model.lora_rank
+    expected = values * scale[:, None] + rank_times * np.einsum("lir,lro->lio", a, b)
+    kernel = merged["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -176,6 +196,10 @@ def test_int8_kernels_are_near_and_stay_int8_in_the_step() -> None:
         ({"model": {"lora_rank": 4}}, "a rank goes with 'lora', and only with it"),
         ({"finetune": {"trainable": "lora"}}, "a rank goes with 'lora', and only with it"),
         ({"model": {"kernel_dtype": "int8"}}, "model.kernel_dtype='int8' cannot be learned"),
+        (
+            {"model": {"kernel_dtype": "int8"}, "finetune": {"trainable": "last_layers"}},
+            "set finetune.trainable='lora', not 'last_layers'",
+        ),
     ],
 )
 def test_contradictions_are_told_in_one_line(sections: Any, message: str) -> None:
