@@ -118,7 +118,7 @@ def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, Any]) -> None:
         assert error < TOLERANCE, (name, error)
 
 
-@pytest.mark.parametrize("packing", ["none", "best_fit"])
+@pytest.mark.parametrize("packing", [pytest.param("none", marks=pytest.mark.slow), "best_fit"])
 def test_an_update_on_masked_instructions_is_torchs(path: pathlib.Path, packing: str) -> None:
     config = experiment(path, packing)
     loss, grads, after = our_step(config)

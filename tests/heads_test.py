@@ -31,7 +31,7 @@ HEADS = {
 }
 
 
-TASKS = ["text", *(pytest.param(task, marks=pytest.mark.slow) for task in ("tokens", "span"))]
+TASKS = ["text", "tokens", "span"]
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +205,7 @@ def test_trained_by_us_and_read_there(task, tmp_path):
     check_alike(task, tmp_path, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_trained_there_and_read_here(task, tmp_path):
     theirs = train_theirs(task)

@@ -84,6 +84,7 @@ def test_a_mesh_answers_as_one_device(written, mesh):
         np.testing.assert_allclose(ours.log_probs[1:], theirs.log_probs[1:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_writing_keeps_the_weights_once(workdir, written):
     def live() -> int:
         gc.collect()

@@ -208,6 +208,7 @@ def markov_batch(number: int) -> dict[str, np.ndarray]:
     return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_within_one_percent_of_float32_over_100_steps() -> None:
     def losses_of(dtype: str) -> np.ndarray:
         config = tiny(

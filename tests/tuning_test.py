@@ -90,6 +90,7 @@ def test_only_the_last_layers_move_and_are_kept(experiment, finished, tmp_path) 
     np.testing.assert_array_equal(whole[1], kept["blocks"]["mlp"]["up"]["kernel"][0])
 
 
+@pytest.mark.slow
 def test_it_ends_early_and_with_the_best_checkpoint(
     experiment, finished, tmp_path, capsys
 ) -> None:
