@@ -116,9 +116,10 @@ def compile_decode(
     bound = (weights + held) / (chip.hbm_bytes_per_second / chip.devices)
     seconds = None
     if one_pass is not None:
-        # Caches and weights come by prefetches, which the schedule alone lets overlap.
+        # Caches and weights come by prefetches, which the schedule alone lets overlap, and not
+        # all of which it marks: reading both once is never undercut.
         moved = one_pass.hbm_bytes / (chip.hbm_bytes_per_second / chip.devices)
-        seconds = max(one_pass.seconds, moved)
+        seconds = max(one_pass.seconds, moved, bound)
     limit = chip.hbm_limit_gib * GIB
     return DecodeReport(
         topology=topology.key,
