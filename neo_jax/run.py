@@ -212,8 +212,8 @@ class Run(abc.ABC):
             self.preemption.deferred(),
         ):
             writer.say(self._headline(step))
-            return train.run(
-                current,
+            loop = train.Loop(
+                state=current,
                 frozen=self.frozen,
                 graph=self.graph,
                 config=config,
@@ -231,6 +231,7 @@ class Run(abc.ABC):
                 verdict=self._verdict,
                 evaluate_first=bool(agree(step > 0 and due)),
             )
+            return loop.run()
 
     def _verdict(self) -> Verdict:
         """Whether the last evaluation was the best, and whether it is time to end.

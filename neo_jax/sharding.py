@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from neo_jax.config import ConfigError, MeshConfig
@@ -107,17 +108,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     slices = _by_slice(config, list(jax.devices() if devices is None else devices))
     sizes = _axis_sizes(config, len(slices[0]))
-    # Auto, not Explicit: the partitioner propagates shardings through the model's einsums.
-    types = (AxisType.Auto,) * len(MESH_AXES)
+    # The torus of some slices has no such axes (8 × 2 of v6e's 4 × 4), unless one is cut.
     parts = [
-        jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+        mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
         for devices in slices
     ]
-    if len(parts) == 1:
-        return parts[0]
     # Slices lie behind one another along `data`, so that only its sums cross the network.
-    together = np.concatenate([part.devices for part in parts], MESH_AXES.index("data"))
-    return Mesh(together, MESH_AXES, axis_types=types)
+    together = np.concatenate(parts, MESH_AXES.index("data"))
+    # Auto, not Explicit: the partitioner propagates shardings through the model's einsums.
+    return Mesh(together, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _by_slice(config: MeshConfig, devices: list[jax.Device]) -> list[list[jax.Device]]:

@@ -295,30 +295,12 @@ class Verdict(NamedTuple):
     stop: bool
 
 
-def run(
-    state: TrainState,
-    *,
-    frozen: Params,
-    graph: Graph,
-    config: Config,
-    tx: optax.GradientTransformationExtraArgs,
-    loss: LossFunction,
-    mesh: Mesh,
-    data: Pipeline,
-    writer: Writer,
-    checkpointer: Checkpointer,
-    throughput: Throughput,
-    preemption: Preemption,
-    hang_watch: HangWatch,
-    evaluate: Callable[[Params], dict[str, float]],
-    figure: Callable[[Mapping[str, float]], float],
-    verdict: Callable[[], Verdict],
-    evaluate_first: bool,
-) -> TrainState:
+@dataclasses.dataclass(kw_only=True)
+class Loop:
     """Trains from `state.step` to `train.num_steps`, or until `verdict` says so.
 
-    Args:
-      state: donated.
+    Attributes:
+      state: where it starts, donated; and where it is.
       frozen: parameters that are not learned.
       graph: structure of the model.
       config: the whole experiment.
@@ -336,130 +318,173 @@ def run(
       figure: the one of those metrics that tells better from worse.
       verdict: asked at the start and after every evaluation.
       evaluate_first: the state was saved in a hurry, and is due to be evaluated.
-
-    Raises:
-      Preempted: the state is saved, and the machine is wanted back.
-      RollBack: `train.rollback_after` updates in a row were left out.
-      NotFinite: as its name says, with skipping off.
-      CheckpointError: the state cannot be saved.
     """
-    num_steps = config.train.num_steps
-    first = int(state.step)
-    step_fn = jax.jit(
-        functools.partial(train_step, graph=graph, config=config, tx=tx, loss=loss),
-        donate_argnums=0,
-        compiler_options=xla_flags.options(sharding.target(), slices=config.mesh.slices),
-    )
-    in_flight: _InFlight | None = None
-    in_a_row = int(state.spikes.skipped_in_a_row)
-    rollbacks = sum(jump["reason"].startswith(ROLLED_BACK) for jump in data.jumps())
 
-    def finish() -> None:
+    state: TrainState
+    frozen: Params
+    graph: Graph
+    config: Config
+    tx: optax.GradientTransformationExtraArgs
+    loss: LossFunction
+    mesh: Mesh
+    data: Pipeline
+    writer: Writer
+    checkpointer: Checkpointer
+    throughput: Throughput
+    preemption: Preemption
+    hang_watch: HangWatch
+    evaluate: Callable[[Params], dict[str, float]]
+    figure: Callable[[Mapping[str, float]], float]
+    verdict: Callable[[], Verdict]
+    evaluate_first: bool
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self._first = int(self.state.step)
+        self._step = jax.jit(
+            functools.partial(
+                train_step, graph=self.graph, config=config, tx=self.tx, loss=self.loss
+            ),
+            donate_argnums=0,
+            compiler_options=xla_flags.options(sharding.target(), slices=config.mesh.slices),
+        )
+        self._in_flight: _InFlight | None = None
+        self._in_a_row = int(self.state.spikes.skipped_in_a_row)
+        jumps = self.data.jumps()
+        self._rollbacks = sum(jump["reason"].startswith(ROLLED_BACK) for jump in jumps)
+
+    def run(self) -> TrainState:
+        """The diary.
+
+        Returns:
+          The state after the last step.
+
+        Raises:
+          Preempted: the state is saved, and the machine is wanted back.
+          RollBack: `train.rollback_after` updates in a row were left out.
+          NotFinite: as its name says, with skipping off.
+          CheckpointError: the state cannot be saved.
+        """
+        num_steps = self.config.train.num_steps
+        judged = self.verdict() if self._first else Verdict(save=False, stop=False)
+        if self.evaluate_first:
+            _, judged = self._score(self._first)
+        overdue = False
+        for done in range(self._first + 1, num_steps + 1):
+            if judged.stop:
+                self.writer.say(f"step {done - 1}: it gets no better, and ends here")
+                break
+            self._begin(done)
+            leaving = self.preemption.reached()
+            held_out_loss = None
+            # Evaluation comes before saving: a run killed in between repeats both or neither.
+            # Who is told to leave has no time for it, and evaluates when it is back.
+            if evaluation_due(self.config, done) and not leaving:
+                self._finish()
+                try:
+                    held_out_loss, judged = self._score(done)
+                except Preempted:
+                    leaving = True
+            is_last = done == num_steps or judged.stop
+            overdue |= self.checkpointer.due(done)
+            overdue |= held_out_loss is not None and judged.save
+            if overdue or is_last or leaving:
+                self._finish()
+                # Amid spikes the parameters may be what is wrong: better an earlier one.
+                if not self._in_a_row or is_last or leaving:
+                    overdue = False
+                    with self.throughput.pause("save"), self.hang_watch.pause():
+                        self._save(done, held_out_loss)
+            if leaving:
+                self.checkpointer.wait()
+                raise Preempted(self.checkpointer.latest_step())
+        self._finish()
+        return self.state
+
+    def _begin(self, step: int) -> None:
+        """Dispatches a step, and looks at the one before it while this one runs.
+
+        So the device never waits for Python.
+        """
+        self.hang_watch.step(step)
+        batch = self._next_batch()
+        if step == self._first + 1:
+            with self.throughput.pause("compile"), self.hang_watch.pause():
+                self.state, metrics = jax.block_until_ready(
+                    self._step(self.state, batch, self.frozen)
+                )
+                # Compiled now, not at a save.
+                is_finite((self.state.params, self.state.opt_state))
+        else:
+            self.state, metrics = self._step(self.state, batch, self.frozen)
+        self._finish()
+        self._in_flight = _InFlight(step, metrics, batch, self.data.position)
+        self.checkpointer.check()
+
+    def _next_batch(self) -> Batch:
+        """The device may still be busy: only when it is not, waiting costs anything."""
+        began = time.monotonic()
+        rows = next(self.data)
+        if self._in_flight is None or self._in_flight.is_done:
+            self.throughput.waited_for_data(time.monotonic() - began)
+        return place_batch(rows, self.mesh, self.config.data.batch_size)
+
+    def _finish(self) -> None:
         """Waits for the step in flight, logs it, and judges what it says."""
-        nonlocal in_flight, in_a_row
-        if in_flight is None:
+        if self._in_flight is None:
             return
-        last, in_flight = in_flight, None
+        last, self._in_flight = self._in_flight, None
+        config = self.config
         fetched = jax.device_get(last.metrics)
-        in_a_row = int(fetched.pop("skipped_in_a_row"))
+        in_a_row = self._in_a_row = int(fetched.pop("skipped_in_a_row"))
         # The step that compiled says nothing about speed.
-        if last.step > first + 1:
-            throughput.step(last.batch["inputs"].size)
-        if last.step % config.train.log_every == 0 or last.step in (1, num_steps) or in_a_row:
+        if last.step > self._first + 1:
+            self.throughput.step(last.batch["inputs"].size)
+        is_end = last.step in (1, config.train.num_steps)
+        if last.step % config.train.log_every == 0 or is_end or in_a_row:
             line = {
                 **fetched,
-                **data.tokens_until(last.step),
-                "rollbacks": rollbacks,
-                **throughput.rates(),
-                "elapsed_seconds": throughput.elapsed(),
+                **self.data.tokens_until(last.step),
+                "rollbacks": self._rollbacks,
+                **self.throughput.rates(),
+                "elapsed_seconds": self.throughput.elapsed(),
             }
-            writer.write(last.step, "train", line)
-        writer.advance(last.step)
+            self.writer.write(last.step, "train", line)
+        self.writer.advance(last.step)
         if not in_a_row:
             return
         if not config.optimizer.skip_spikes:
-            raise NotFinite(last.step, state.params, last.batch)
-        writer.say(
+            raise NotFinite(last.step, self.state.params, last.batch)
+        self.writer.say(
             f"step {last.step}: update left out, loss {fetched['loss']:.4g}, "
             f"gradient norm {fetched['grad_norm']:.4g}"
         )
         if in_a_row == config.train.rollback_after:
             raise RollBack(last.step, last.position, in_a_row)
 
-    def next_batch() -> Batch:
-        """The device may still be busy: only when it is not, waiting costs anything."""
-        began = time.monotonic()
-        rows = next(data)
-        if in_flight is None or in_flight.is_done:
-            throughput.waited_for_data(time.monotonic() - began)
-        return place_batch(rows, mesh, config.data.batch_size)
+    def _score(self, step: int) -> tuple[float, Verdict]:
+        with self.throughput.pause("eval"), self.hang_watch.pause():
+            scores = self.evaluate(self.state.params)
+        self.writer.write(step, "eval", scores)
+        self.writer.plot()
+        self.writer.flush()
+        return self.figure(scores), self.verdict()
 
-    def score(step: int) -> tuple[float, Verdict]:
-        with throughput.pause("eval"), hang_watch.pause():
-            scores = evaluate(state.params)
-        writer.write(step, "eval", scores)
-        writer.plot()
-        writer.flush()
-        return figure(scores), verdict()
-
-    def save(step: int, held_out_loss: float | None) -> None:
-        if not is_finite((state.params, state.opt_state)):
-            writer.say(f"step {step}: not saved, since its state is not finite")
+    def _save(self, step: int, held_out_loss: float | None) -> None:
+        if not is_finite((self.state.params, self.state.opt_state)):
+            self.writer.say(f"step {step}: not saved, since its state is not finite")
             return
-        writer.flush()  # a checkpoint's metrics outlive the machine, too
-        totals = throughput.totals()
-        writer.goodput(step, totals)
-        checkpointer.save(
-            step, state, data.state(), config, score=held_out_loss, seconds=totals
+        self.writer.flush()  # a checkpoint's metrics outlive the machine, too
+        totals = self.throughput.totals()
+        self.writer.goodput(step, totals)
+        self.checkpointer.save(
+            step,
+            self.state,
+            self.data.state(),
+            self.config,
+            score=held_out_loss,
+            seconds=totals,
         )
-
-    judged = verdict() if first else Verdict(save=False, stop=False)
-    if evaluate_first:
-        _, judged = score(first)
-    overdue = False
-    for step in range(first, num_steps):
-        if judged.stop:
-            writer.say(f"step {step}: it gets no better, and ends here")
-            break
-        hang_watch.step(step + 1)
-        batch = next_batch()
-        if step == first:
-            with throughput.pause("compile"), hang_watch.pause():
-                state, metrics = jax.block_until_ready(step_fn(state, batch, frozen))
-                is_finite((state.params, state.opt_state))  # compiled now, not at a save
-        else:
-            state, metrics = step_fn(state, batch, frozen)
-        # The step before this one is looked at now, while this one runs: the device never
-        # waits for Python.
-        finish()
-        in_flight = _InFlight(step + 1, metrics, batch, data.position)
-        checkpointer.check()
-
-        done = step + 1
-        leaving = preemption.reached()
-        held_out_loss = None
-        # Evaluation comes before saving: a run killed in between repeats both or neither.
-        # Who is told to leave has no time for it, and evaluates when it is back.
-        if evaluation_due(config, done) and not leaving:
-            finish()
-            try:
-                held_out_loss, judged = score(done)
-            except Preempted:
-                leaving = True
-        is_last = done == num_steps or judged.stop
-        overdue |= checkpointer.due(done) or (held_out_loss is not None and judged.save)
-        if overdue or is_last or leaving:
-            finish()
-            # Amid spikes the parameters may be what is wrong: better an earlier checkpoint.
-            if not in_a_row or is_last or leaving:
-                overdue = False
-                with throughput.pause("save"), hang_watch.pause():
-                    save(done, held_out_loss)
-        if leaving:
-            checkpointer.wait()
-            raise Preempted(checkpointer.latest_step())
-    finish()
-    return state
 
 
 def evaluation_due(config: Config, step: int) -> bool:

@@ -88,15 +88,26 @@ def test_a_process_loads_the_rows_of_its_devices(mesh):
         sharding.host_share(mesh, 6)
 
 
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v4:2x2x4", "v5e:8x8"])
-def test_hosts_of_a_pod_share_a_batch(topology):
+@pytest.mark.parametrize(
+    ("topology", "axes", "hosts_of_a_row"),
+    [
+        ("v5e:4x4", {}, 1),
+        ("v4:2x2x4", {}, 1),
+        ("v5e:8x8", {"tensor": 4}, 2),
+        # No physical axis is 8 or 2 long there.
+        ("v6e:4x4", {"data": 2}, 1),
+        ("v6e:4x4", {"tensor": 2, "context": 2}, 2),
+    ],
+)
+def test_hosts_of_a_pod_share_a_batch(topology, axes, hosts_of_a_row):
     """Their chips are squares of the grid, and their rows seldom one piece of the batch."""
-    chips = tpu_compiler.mesh(topology, MeshConfig(fsdp=-1))
-    rows = sharding.rows_by_process(chips, 2 * chips.size)
-    assert len(rows) == chips.size // 4
-    assert sorted(row for own in rows.values() for row in own) == list(range(2 * chips.size))
-    assert {len(own) for own in rows.values()} == {8}
-    assert sharding.host_share(chips, 2 * chips.size) == (0, len(rows))
+    mesh = tpu_compiler.mesh(topology, MeshConfig(fsdp=-1, **axes))
+    size = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = sharding.rows_by_process(mesh, size)
+    assert len(rows) == mesh.size // 4
+    everyone = sorted(row for own in rows.values() for row in own)
+    assert everyone == sorted([*range(size)] * hosts_of_a_row)
+    assert sharding.host_share(mesh, size) == (0, len(rows) // hosts_of_a_row)
 
 
 def test_processes_that_overlap_in_part_are_refused(mesh, monkeypatch):

@@ -203,150 +203,150 @@ _MNLI_COLUMNS = {
 }
 
 
-def _table() -> Mapping[str, Task]:
-    tasks = (
-        Task(
-            "cola", "CoLA", "glue", ("unacceptable", "acceptable"),
-            {"sentence": ("sentence",)},
-            {
-                "train": ("train.tsv", "in_domain_train.tsv"),
-                "validation": ("dev.tsv", "in_domain_dev.tsv+out_of_domain_dev.tsv"),
-                "test": ("test.tsv",),
-            },
-            ("CoLA",), "index", ("matthews_correlation",), "CoLA.tsv",
-            "Sentence: {sentence}\nQuestion: is this grammatical English?\n"
-            "Answer (yes or no):",
-            _NO_YES,
-        ),
-        Task(
-            "sst2", "SST-2", "glue", ("negative", "positive"),
-            {"sentence": ("sentence",)}, _TSV, ("SST-2", "SST2"), "index", ("accuracy",),
-            "SST-2.tsv", "Review: {sentence}\nThe reviewer found it", (" bad", " good"),
-        ),
-        Task(
-            "mrpc", "MRPC", "glue", ("not_equivalent", "equivalent"),
-            {"sentence1": ("#1 String", "sentence1"), "sentence2": ("#2 String", "sentence2")},
-            {
-                "train": ("train.tsv", "msr_paraphrase_train.txt"),
-                "validation": ("dev.tsv", "msr_paraphrase_test.txt"),
-                "test": ("test.tsv",),
-            },
-            ("MRPC",), "index", ("f1", "accuracy"), "MRPC.tsv",
-            "First: {sentence1}\nSecond: {sentence2}\nQuestion: do both say the same?\n"
-            "Answer (yes or no):", _NO_YES,
-        ),
-        Task(
-            "qqp", "QQP", "glue", ("not_duplicate", "duplicate"),
-            {"question1": ("question1",), "question2": ("question2",)}, _TSV, ("QQP",),
-            "index", ("f1", "accuracy"), "QQP.tsv",
-            "First: {question1}\nSecond: {question2}\nQuestion: do both ask the same?\n"
-            "Answer (yes or no):", _NO_YES,
-        ),
-        Task(
-            "stsb", "STS-B", "glue", (), _PAIR, _TSV, ("STS-B", "STSB"), "number",
-            ("pearson", "spearman"), "STS-B.tsv",
-            "First: {sentence1}\nSecond: {sentence2}\n"
-            "How alike are they, from 0 to 5?\nAnswer:",
-            (" 0", " 1", " 2", " 3", " 4", " 5"),
-        ),
-        Task(
-            "mnli_matched", "MNLI-m", "glue", ("entailment", "neutral", "contradiction"),
-            _MNLI_COLUMNS, _tsv("train.tsv", "dev_matched.tsv", "test_matched.tsv"), ("MNLI",),
-            "name", ("accuracy",), "MNLI-m.tsv",
-            _FOLLOWS_OR_NOT, _THREE_WAY_ANSWERS,
-        ),
-        Task(
-            "mnli_mismatched", "MNLI-mm", "glue", ("entailment", "neutral", "contradiction"),
-            _MNLI_COLUMNS, _tsv("train.tsv", "dev_mismatched.tsv", "test_mismatched.tsv"),
-            ("MNLI",), "name", ("accuracy",), "MNLI-mm.tsv",
-            _FOLLOWS_OR_NOT, _THREE_WAY_ANSWERS,
-        ),
-        Task(
-            "qnli", "QNLI", "glue", _ENTAILMENT,
-            {"question": ("question",), "sentence": ("sentence",)}, _TSV, ("QNLI",), "name",
-            ("accuracy",), "QNLI.tsv",
-            "{sentence}\nQuestion: does this answer “{question}”?\nAnswer (yes or no):",
-            _YES_NO,
-        ),
-        Task(
-            "rte", "RTE", "glue", _ENTAILMENT, _PAIR, _TSV, ("RTE",), "name", ("accuracy",),
-            "RTE.tsv", _FOLLOWS_PAIR, _YES_NO,
-        ),
-        Task(
-            "wnli", "WNLI", "glue", ("not_entailment", "entailment"), _PAIR, _TSV, ("WNLI",),
-            "index", ("accuracy",), "WNLI.tsv", _FOLLOWS_PAIR, _NO_YES,
-        ),
-        Task(
-            "ax", "AX", "glue", ("entailment", "neutral", "contradiction"), _MNLI_COLUMNS,
-            {"test": ("diagnostic.tsv", "diagnostic-full.tsv", "test.tsv")},
-            ("AX", "diagnostic"), "name", ("matthews_correlation",), "AX.tsv",
-            _FOLLOWS_OR_NOT, _THREE_WAY_ANSWERS,
-        ),
-        Task(
-            "boolq", "BoolQ", "super_glue", ("False", "True"),
-            {"passage": ("passage",), "question": ("question",)}, _JSONL, ("BoolQ",), "name",
-            ("accuracy",), "BoolQ.jsonl",
-            "{passage}\nQuestion: {question}?\nAnswer (yes or no):", _NO_YES,
-        ),
-        Task(
-            "cb", "CB", "super_glue", ("entailment", "contradiction", "neutral"), _PREMISE,
-            _JSONL, ("CB",), "name", ("macro_f1", "accuracy"), "CB.jsonl",
-            _FOLLOWS_OR_NOT, (" yes", " no", " maybe"),
-        ),
-        Task(
-            "copa", "COPA", "super_glue", (),
-            {"premise": ("premise",), "question": ("question",)}, _JSONL, ("COPA",), "index",
-            ("accuracy",), "COPA.jsonl", "{sentence}", (),
-        ),
-        Task(
-            "multirc", "MultiRC", "super_glue", ("False", "True"),
-            {"paragraph": (), "question": (), "answer": ()}, _JSONL, ("MultiRC",), "index",
-            ("f1", "exact_match_by_group"), "MultiRC.jsonl",
-            "{paragraph}\nQuestion: {question}\nProposed: {answer}\nIs that right?\n"
-            "Answer (yes or no):", _NO_YES,
-        ),
-        Task(
-            "record", "ReCoRD", "super_glue", (), {"passage": (), "query": ()}, _JSONL,
-            ("ReCoRD",), "index", ("best_f1", "best_exact_match"), "ReCoRD.jsonl",
-            "{passage}\n{before}", (),
-        ),
-        Task(
-            "super_rte", "RTE", "super_glue", _ENTAILMENT, _PREMISE, _JSONL, ("RTE",), "name",
-            ("accuracy",), "RTE.jsonl", _FOLLOWS, _YES_NO,
-        ),
-        Task(
-            "wic", "WiC", "super_glue", ("False", "True"),
-            {
-                "word": ("word",),
-                "sentence1": ("sentence1",),
-                "sentence2": ("sentence2",),
-            },
-            _JSONL, ("WiC",), "name", ("accuracy",), "WiC.jsonl",
-            "{sentence1}\n{sentence2}\nQuestion: does “{word}” mean the same in both?\n"
-            "Answer (yes or no):", _NO_YES,
-        ),
-        Task(
-            "wsc", "WSC", "super_glue", ("False", "True"),
-            {"text": (), "pronoun": (), "noun": ()}, _JSONL, ("WSC",), "name", ("accuracy",),
-            "WSC.jsonl",
-            "{text}\nQuestion: does “{pronoun}” stand for “{noun}”?\nAnswer (yes or no):",
-            _NO_YES,
-        ),
-        Task(
-            "axb", "AX-b", "super_glue", _ENTAILMENT, _PAIR,
-            {"test": ("AX-b.jsonl", "test.jsonl")}, ("AX-b",), "name",
-            ("matthews_correlation",), "AX-b.jsonl", _FOLLOWS_PAIR, _YES_NO,
-        ),
-        Task(
-            "axg", "AX-g", "super_glue", _ENTAILMENT, _PREMISE,
-            {"test": ("AX-g.jsonl", "test.jsonl")}, ("AX-g",), "name",
-            ("accuracy", "gender_parity"), "AX-g.jsonl", _FOLLOWS, _YES_NO,
-        ),
-    )  # fmt: skip
-    return types.MappingProxyType({task.name: task for task in tasks})
-
-
-TASKS: Mapping[str, Task] = _table()
+_GLUE = (
+    Task(
+        "cola", "CoLA", "glue", ("unacceptable", "acceptable"),
+        {"sentence": ("sentence",)},
+        {
+            "train": ("train.tsv", "in_domain_train.tsv"),
+            "validation": ("dev.tsv", "in_domain_dev.tsv+out_of_domain_dev.tsv"),
+            "test": ("test.tsv",),
+        },
+        ("CoLA",), "index", ("matthews_correlation",), "CoLA.tsv",
+        "Sentence: {sentence}\nQuestion: is this grammatical English?\n"
+        "Answer (yes or no):",
+        _NO_YES,
+    ),
+    Task(
+        "sst2", "SST-2", "glue", ("negative", "positive"),
+        {"sentence": ("sentence",)}, _TSV, ("SST-2", "SST2"), "index", ("accuracy",),
+        "SST-2.tsv", "Review: {sentence}\nThe reviewer found it", (" bad", " good"),
+    ),
+    Task(
+        "mrpc", "MRPC", "glue", ("not_equivalent", "equivalent"),
+        {"sentence1": ("#1 String", "sentence1"), "sentence2": ("#2 String", "sentence2")},
+        {
+            "train": ("train.tsv", "msr_paraphrase_train.txt"),
+            "validation": ("dev.tsv", "msr_paraphrase_test.txt"),
+            "test": ("test.tsv",),
+        },
+        ("MRPC",), "index", ("f1", "accuracy"), "MRPC.tsv",
+        "First: {sentence1}\nSecond: {sentence2}\nQuestion: do both say the same?\n"
+        "Answer (yes or no):", _NO_YES,
+    ),
+    Task(
+        "qqp", "QQP", "glue", ("not_duplicate", "duplicate"),
+        {"question1": ("question1",), "question2": ("question2",)}, _TSV, ("QQP",),
+        "index", ("f1", "accuracy"), "QQP.tsv",
+        "First: {question1}\nSecond: {question2}\nQuestion: do both ask the same?\n"
+        "Answer (yes or no):", _NO_YES,
+    ),
+    Task(
+        "stsb", "STS-B", "glue", (), _PAIR, _TSV, ("STS-B", "STSB"), "number",
+        ("pearson", "spearman"), "STS-B.tsv",
+        "First: {sentence1}\nSecond: {sentence2}\n"
+        "How alike are they, from 0 to 5?\nAnswer:",
+        (" 0", " 1", " 2", " 3", " 4", " 5"),
+    ),
+    Task(
+        "mnli_matched", "MNLI-m", "glue", ("entailment", "neutral", "contradiction"),
+        _MNLI_COLUMNS, _tsv("train.tsv", "dev_matched.tsv", "test_matched.tsv"), ("MNLI",),
+        "name", ("accuracy",), "MNLI-m.tsv",
+        _FOLLOWS_OR_NOT, _THREE_WAY_ANSWERS,
+    ),
+    Task(
+        "mnli_mismatched", "MNLI-mm", "glue", ("entailment", "neutral", "contradiction"),
+        _MNLI_COLUMNS, _tsv("train.tsv", "dev_mismatched.tsv", "test_mismatched.tsv"),
+        ("MNLI",), "name", ("accuracy",), "MNLI-mm.tsv",
+        _FOLLOWS_OR_NOT, _THREE_WAY_ANSWERS,
+    ),
+    Task(
+        "qnli", "QNLI", "glue", _ENTAILMENT,
+        {"question": ("question",), "sentence": ("sentence",)}, _TSV, ("QNLI",), "name",
+        ("accuracy",), "QNLI.tsv",
+        "{sentence}\nQuestion: does this answer “{question}”?\nAnswer (yes or no):",
+        _YES_NO,
+    ),
+    Task(
+        "rte", "RTE", "glue", _ENTAILMENT, _PAIR, _TSV, ("RTE",), "name", ("accuracy",),
+        "RTE.tsv", _FOLLOWS_PAIR, _YES_NO,
+    ),
+    Task(
+        "wnli", "WNLI", "glue", ("not_entailment", "entailment"), _PAIR, _TSV, ("WNLI",),
+        "index", ("accuracy",), "WNLI.tsv", _FOLLOWS_PAIR, _NO_YES,
+    ),
+    Task(
+        "ax", "AX", "glue", ("entailment", "neutral", "contradiction"), _MNLI_COLUMNS,
+        {"test": ("diagnostic.tsv", "diagnostic-full.tsv", "test.tsv")},
+        ("AX", "diagnostic"), "name", ("matthews_correlation",), "AX.tsv",
+        _FOLLOWS_OR_NOT, _THREE_WAY_ANSWERS,
+    ),
+)  # fmt: skip
+_SUPER_GLUE = (
+    Task(
+        "boolq", "BoolQ", "super_glue", ("False", "True"),
+        {"passage": ("passage",), "question": ("question",)}, _JSONL, ("BoolQ",), "name",
+        ("accuracy",), "BoolQ.jsonl",
+        "{passage}\nQuestion: {question}?\nAnswer (yes or no):", _NO_YES,
+    ),
+    Task(
+        "cb", "CB", "super_glue", ("entailment", "contradiction", "neutral"), _PREMISE,
+        _JSONL, ("CB",), "name", ("macro_f1", "accuracy"), "CB.jsonl",
+        _FOLLOWS_OR_NOT, (" yes", " no", " maybe"),
+    ),
+    Task(
+        "copa", "COPA", "super_glue", (),
+        {"premise": ("premise",), "question": ("question",)}, _JSONL, ("COPA",), "index",
+        ("accuracy",), "COPA.jsonl", "{sentence}", (),
+    ),
+    Task(
+        "multirc", "MultiRC", "super_glue", ("False", "True"),
+        {"paragraph": (), "question": (), "answer": ()}, _JSONL, ("MultiRC",), "index",
+        ("f1", "exact_match_by_group"), "MultiRC.jsonl",
+        "{paragraph}\nQuestion: {question}\nProposed: {answer}\nIs that right?\n"
+        "Answer (yes or no):", _NO_YES,
+    ),
+    Task(
+        "record", "ReCoRD", "super_glue", (), {"passage": (), "query": ()}, _JSONL,
+        ("ReCoRD",), "index", ("best_f1", "best_exact_match"), "ReCoRD.jsonl",
+        "{passage}\n{before}", (),
+    ),
+    Task(
+        "super_rte", "RTE", "super_glue", _ENTAILMENT, _PREMISE, _JSONL, ("RTE",), "name",
+        ("accuracy",), "RTE.jsonl", _FOLLOWS, _YES_NO,
+    ),
+    Task(
+        "wic", "WiC", "super_glue", ("False", "True"),
+        {
+            "word": ("word",),
+            "sentence1": ("sentence1",),
+            "sentence2": ("sentence2",),
+        },
+        _JSONL, ("WiC",), "name", ("accuracy",), "WiC.jsonl",
+        "{sentence1}\n{sentence2}\nQuestion: does “{word}” mean the same in both?\n"
+        "Answer (yes or no):", _NO_YES,
+    ),
+    Task(
+        "wsc", "WSC", "super_glue", ("False", "True"),
+        {"text": (), "pronoun": (), "noun": ()}, _JSONL, ("WSC",), "name", ("accuracy",),
+        "WSC.jsonl",
+        "{text}\nQuestion: does “{pronoun}” stand for “{noun}”?\nAnswer (yes or no):",
+        _NO_YES,
+    ),
+    Task(
+        "axb", "AX-b", "super_glue", _ENTAILMENT, _PAIR,
+        {"test": ("AX-b.jsonl", "test.jsonl")}, ("AX-b",), "name",
+        ("matthews_correlation",), "AX-b.jsonl", _FOLLOWS_PAIR, _YES_NO,
+    ),
+    Task(
+        "axg", "AX-g", "super_glue", _ENTAILMENT, _PREMISE,
+        {"test": ("AX-g.jsonl", "test.jsonl")}, ("AX-g",), "name",
+        ("accuracy", "gender_parity"), "AX-g.jsonl", _FOLLOWS, _YES_NO,
+    ),
+)  # fmt: skip
+TASKS: Mapping[str, Task] = types.MappingProxyType(
+    {task.name: task for task in (*_GLUE, *_SUPER_GLUE)}
+)
 # Titles that are not their task's name once "-", "_" and case are put aside.
 _ALIASES: Mapping[str, str] = types.MappingProxyType(
     {"mnli": "mnlimatched", "mnlim": "mnlimatched", "mnlimm": "mnlimismatched"}
