@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from neo_jax import compilation, exits
 from neo_jax import config as config_lib
-from neo_jax.config import Config
+from neo_jax.config import Config, ConfigError
 from neo_jax.evaluate.glue import metrics, reading, tasks
 from neo_jax.finetune import baselines, classify
 
@@ -116,6 +116,9 @@ def _runs(chosen: Sequence[Recipe], flags: Any) -> list[tuple[Recipe, int, str]]
 def _data(source: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
     """A folder with all tasks' folders; BoolQ's is parted here."""
     output.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in ("glue", "super_glue/BoolQ") if not (source / name).is_dir()]
+    if missing:
+        raise ConfigError(f"--data {source} has no {' and no '.join(missing)}.")
     for suite in ("glue", "super_glue"):
         for place in (source / suite).iterdir():
             link = output / place.name

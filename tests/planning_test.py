@@ -337,16 +337,31 @@ def test_only_work_between_start_and_done_hides_a_collective(milliseconds: float
 def test_messages_that_share_a_link_wait_for_each_other(
     moves: list[tuple[int, int]], hops: int, messages: int
 ) -> None:
+    seconds = predict.predict(permute(moves), V5E, PLACES).seconds
+    sending = messages * 4 * 1048576 / CHIP.link_bytes_per_second
+    assert seconds == pytest.approx(sending + hops * predict.HOP_SECONDS)
+
+
+def test_a_message_goes_round_a_ring_the_shorter_way() -> None:
+    ring = topologies.parse("v5e:16x16")
+    places = [predict.Place(0, (x, y, 0)) for y in range(16) for x in range(16)]
+    sending = 4 * 1048576 / CHIP.link_bytes_per_second
+    for moves, hops in ([(0, 15), (15, 0)], 1), ([(1, 14)], 3), ([(0, 8)], 8), ([(0, 255)], 2):
+        seconds = predict.predict(permute(moves), ring, places).seconds
+        assert seconds == pytest.approx(sending + hops * predict.HOP_SECONDS)
+
+
+def permute(moves: list[tuple[int, int]]) -> hlo.Program:
+    """4 MiB from each chip to another."""
     pairs = ",".join(f"{{{a},{b}}}" for a, b in moves)
-    text = f"""\
+    return hlo.parse(
+        f"""\
 ENTRY %main (a: f32[1048576]) -> f32[1048576] {{
   %a = f32[1048576]{{0}} parameter(0)
   ROOT %r = f32[1048576]{{0}} collective-permute(%a), source_target_pairs={{{pairs}}}
 }}
 """
-    prediction = predict.predict(hlo.parse(text), V5E, PLACES)
-    sending = messages * 4 * 1048576 / CHIP.link_bytes_per_second
-    assert prediction.seconds == pytest.approx(sending + hops * predict.HOP_SECONDS)
+    )
 
 
 def test_a_group_over_two_slices_crosses_the_network() -> None:
