@@ -23,71 +23,18 @@ import re
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from neo_jax import config as config_lib
-from neo_jax import sharding, state
-from neo_jax.config import MeshConfig
-from neo_jax.generate import cache, decode, from_keywords, network, requests
-from neo_jax.planning import compiling, hlo, predict, topologies
+from neo_jax.generate import from_keywords
+from neo_jax.planning import compiling, decoding, hlo, predict, topologies
 
-CAPACITY, NEW = 2048, 256
+CONTEXT = 2048
 # The largest batches are those that fit.
 CELLS = (
-    *("neo_125m:1:auto", "neo_125m:1:int8", "neo_125m:256:auto"),
+    *("neo_125m:1:auto", "neo_125m:1:int8", "neo_125m:384:auto"),
     *("neo_1p3b:1:auto", "neo_1p3b:1:int8", "neo_1p3b:56:auto"),
-    *("neo_2p7b:1:auto", "neo_2p7b:1:int8", "neo_2p7b:16:auto", "neo_2p7b:28:auto"),
+    *("neo_2p7b:1:auto", "neo_2p7b:1:int8", "neo_2p7b:16:auto", "neo_2p7b:30:auto"),
 )
-
-
-def lower(name: str, batch: int, kind: str, mesh: jax.sharding.Mesh):  # type: ignore[no-untyped-def]
-    """The loop, of arguments that are nowhere; bytes of weights and caches that it reads."""
-    config = dataclasses.replace(config_lib.preset_model(name), param_dtype="bfloat16")
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def place(tree):  # type: ignore[no-untyped-def]
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                np.shape(x), getattr(x, "dtype", np.asarray(x).dtype), sharding=everywhere
-            ),
-            tree,
-        )
-
-    options = from_keywords({"max_new_tokens": NEW, "batch_size": batch})
-    prompts = [[1] * (CAPACITY - NEW)] * batch
-    group = requests.requests(prompts, options, config, None)
-    ids, length = np.zeros((batch, CAPACITY), np.int32), np.zeros(batch, np.int32)
-    with jax.set_mesh(mesh):
-        graph, params = network.abstract(config, kind)
-        caches = jax.eval_shape(
-            lambda: cache.empty(
-                config, batch_size=batch, capacity=CAPACITY, chunk=1, dtype=kind
-            )
-        )
-        before = decode.State(
-            texts=requests.texts(ids, length, options, config.vocab_size),
-            caches=caches,
-            assistant_caches=None,
-            limit=length,
-            done=np.zeros(batch, bool),
-            not_finite=np.zeros(batch, bool),
-            log_probs=None,
-            passes=np.int32(0),
-        )
-        rules = requests.rules(group, options, config, None, batch)
-        loop = jax.jit(
-            lambda params, *rest: decode.advance(graph, params, *rest), donate_argnums=1
-        )
-        arguments = (params, before, rules, np.int32(NEW), np.zeros(batch, bool))
-        lowered = loop.lower(*map(place, arguments))
-    positions = params["embedder"]["positions"]
-    weights = state.num_bytes(params) - state.num_bytes(positions)
-    if (
-        kind == "int8"
-    ):  # the table is not read but for a row a text: the head is a matrix apart
-        weights -= state.num_bytes(params["embedder"]["embedding"])
-    return lowered, weights, state.num_bytes(caches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +43,8 @@ class Step:
 
     hbm: int
     temporary: int  # beside weights and caches
-    weights: int  # that are read
-    caches: int
+    weights: float  # that are read
+    caches: float
     schedule: predict.Prediction
     program: hlo.Program  # its entry is the loop's body
     topology: topologies.Topology
@@ -132,9 +79,14 @@ def measure(name: str, batch: int, kind: str) -> Step:
       JaxRuntimeError: it does not fit.
     """
     topology = topologies.parse("v5e-1", 1)
-    mesh = sharding.make_mesh(MeshConfig(), topologies.devices(topology))
-    lowered, weights, caches = lower(name, batch, kind, mesh)
-    compiled = lowered.compile()
+    tree = config_lib.default_config()
+    tree.model = config_lib.preset(name)
+    tree.model.param_dtype = "bfloat16"
+    options = from_keywords(
+        {"batch_size": batch, "weight_dtype": kind, "cache_dtype": kind, "max_new_tokens": 1}
+    )
+    writing = decoding.lower(config_lib.build(tree), topology, options, CONTEXT)
+    compiled = writing.lowered.compile()
     stats = compiled.memory_analysis()
     program = hlo.parse(compiled.as_text() or "")
     body = max(
@@ -147,15 +99,15 @@ def measure(name: str, batch: int, kind: str) -> Step:
         key=lambda computation: len(computation.instructions),
     )
     program = dataclasses.replace(program, entry=body)
-    places = predict.places(list(mesh.devices.flat))
+    places = predict.places(list(writing.mesh.devices.flat))
     return Step(
         hbm=stats.argument_size_in_bytes
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
         + stats.temp_size_in_bytes,
         temporary=stats.temp_size_in_bytes,
-        weights=weights,
-        caches=caches,
+        weights=writing.weight_bytes,
+        caches=writing.cache_bytes,
         schedule=predict.predict(program, topology, places),
         program=program,
         topology=topology,

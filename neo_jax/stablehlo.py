@@ -111,7 +111,12 @@ def export_decode_step(config: ModelConfig, platforms: tuple[str, ...] = PLATFOR
 def _caches(config: ModelConfig) -> cache.Caches:
     """Of one text."""
     return cache.empty(
-        config, batch_size=1, capacity=config.max_seq_len, chunk=1, dtype="auto"
+        config,
+        batch_size=1,
+        capacity=config.max_seq_len,
+        chunk=1,
+        dtype="auto",
+        for_kernels=False,
     )
 
 

@@ -18,32 +18,39 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from neo_jax.attention import decode
 from neo_jax.config import ModelConfig
 from neo_jax.model import compute_dtype, filled_up
-from neo_jax.sharding import axes_of, constrain, target
+from neo_jax.sharding import axes_of, constrain, partition_spec, target
 
 Heads = Float[Array, "batch seq heads head_dim"]
 _INT8_MAX = 127
+# Of a lone text reading the weights is all the time; beside a kernel XLA fetches fewer of them
+# beforehand, which only small models make up for.
+_SMALL = 1024
 _MOST_ROWS = 256  # that are written one after another, each an operation of the program
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["key", "value", "key_scale", "value_scale"],
-    meta_fields=["window"],
+    meta_fields=["window", "in_registers"],
 )
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
     """A layer's keys [batch, heads, head_dim, slots], values [batch, heads, slots, head_dim].
 
-    Both lie as products want them, which would else copy them at each token. `window` is None
-    in a global layer. The scales, [batch, heads, slots] in float32, are in int8 caches only.
+    Both lie as products want them, which would else copy them at each token. With
+    `in_registers` they lie as the TPU's kernel reads them, [batch, registers, slots, lanes],
+    small heads side by side (attention/decode.py). `window` is None in a global layer. The
+    scales, [batch, heads, slots] in float32, are in int8 caches only.
     """
 
     key: Any  # a jax.Array, or what stands for one in trees of shapes and shardings
@@ -51,18 +58,30 @@ class LayerCache:
     key_scale: Any
     value_scale: Any
     window: int | None
+    in_registers: bool = False
 
     @property
     def num_slots(self) -> int:
         """Tokens that it can hold."""
         return int(self.value.shape[2])
 
+    @property
+    def axis_of_keys(self) -> int:
+        """The dimension of `key` that counts slots; of `value` it is the third."""
+        return 2 if self.in_registers else 3
+
 
 Caches = tuple[LayerCache, ...]  # one a layer, from the bottom up
 
 
 def empty(
-    config: ModelConfig, *, batch_size: int, capacity: int, chunk: int, dtype: str
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    capacity: int,
+    chunk: int,
+    dtype: str,
+    for_kernels: bool = True,
 ) -> Caches:
     """Caches without a token.
 
@@ -72,8 +91,11 @@ def empty(
       capacity: tokens of the longest text, prompt and continuation together.
       chunk: the most tokens that enter in one call.
       dtype: "auto" (that of the activations), "bfloat16", "float32", "float64" or "int8".
+      for_kernels: in the order that a kernel of the target wants, where there is one.
     """
     kind = compute_dtype(config) if dtype == "auto" else jnp.dtype(dtype)
+    is_worth_it = for_kernels and (batch_size > 1 or config.embed_dim <= _SMALL)
+    in_registers = is_worth_it and decode.compiles_for(target().generation)
 
     def one_layer(attention_type: str) -> LayerCache:
         window = config.window_size if attention_type == "local" else None
@@ -88,7 +110,12 @@ def empty(
             return zeros((B, N, slots), jnp.dtype("float32")) if kind == jnp.int8 else None
 
         key, value = zeros((B, N, H, slots), kind), zeros((B, N, slots, H), kind)
-        return LayerCache(key, value, scale(), scale(), window)
+        if in_registers:
+            mesh = jax.sharding.get_abstract_mesh()
+            ways = math.prod(mesh.shape[axis] for axis in axes_of("heads", mesh.shape))
+            count = decode.side_by_side(N // ways, H)
+            key = value = zeros((B, N // count, slots, count * H), kind)
+        return LayerCache(key, value, scale(), scale(), window, in_registers)
 
     return tuple(one_layer(attention_type) for attention_type in config.layer_types)
 
@@ -117,11 +144,12 @@ def fit(caches: Caches, length: Int[Array, " batch"], chunk: int) -> Caches:
             return jnp.take_along_axis(x, from_BS.reshape(shape), axis=axis)
 
         return LayerCache(
-            move(cache.key, 3),
+            move(cache.key, cache.axis_of_keys),
             move(cache.value, 2),
             move(cache.key_scale, 2),
             move(cache.value_scale, 2),
             cache.window,
+            cache.in_registers,
         )
 
     return tuple(one_layer(cache) for cache in caches)
@@ -141,12 +169,58 @@ class Step:
 
     def attend(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Step]:
         """See `model.Memory`. A row without a token keeps its cache, and gets some average."""
+        if self._is_for_kernel(query):
+            return self._by_kernel(query, key, value)
         context = self._softmax_average(filled_up(query), key, value)[:, : query.shape[1]]
         # So that the write waits for the read, which leaves it in place: without an order
         # between them XLA copies the cache, at each token. 0 × x is x's NaN, else 0.
         wait = 0 * context
         cache = _write(self.cache, key + wait, value + wait, self.positions, self._before())
         return context, dataclasses.replace(self, cache=cache)
+
+    def _is_for_kernel(self, query: Heads) -> bool:
+        """Whether a TPU writes a token of each text, out of caches that its kernel reads."""
+        cache = self.cache
+        return (
+            query.shape[1] == 1
+            and cache.in_registers
+            and decode.supports(cache.key.shape, cache.key.dtype)
+        )
+
+    def _by_kernel(self, query: Heads, key: Heads, value: Heads) -> tuple[Heads, Step]:
+        """One token of each text.
+
+        Where a row has none, what is written takes the slot of its next token, which no query
+        sees before.
+        """
+        layer = self.cache
+        cache = decode.Cached(layer.key, layer.value, layer.key_scale, layer.value_scale)
+        tokens = (query[:, 0], key[:, 0], value[:, 0])
+        entry = decode.Cached(*tokens[1:])
+        if layer.key_scale is not None:
+            (key, key_scale), (value, value_scale) = map(_quantise, tokens[1:])
+            entry = decode.Cached(key, value, key_scale, value_scale)
+        arguments = (*tokens, entry, cache, self._before())
+        run = functools.partial(decode.decode_attention, window=layer.window)
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.size > 1:
+            names = ("batch", "heads", None, None)
+            specs = jax.tree.map(
+                lambda x: partition_spec(names[: x.ndim], x.shape, mesh.shape), arguments
+            )
+            # Pallas kernels do not say over which axes their results vary.
+            run = jax.shard_map(
+                run, in_specs=specs, out_specs=(specs[0], specs[4]), check_vma=False
+            )
+        context, after = run(*arguments)
+        cache_after = dataclasses.replace(
+            layer,
+            key=after.keys,
+            value=after.values,
+            key_scale=after.key_scales,
+            value_scale=after.value_scales,
+        )
+        return context[:, None], dataclasses.replace(self, cache=cache_after)
 
     def _softmax_average(self, q_BTNH: Array, key_BTNH: Array, value_BTNH: Array) -> Array:
         """softmax(q·k) · v over the tokens in the cache and the new ones beside them.
@@ -157,7 +231,11 @@ class Step:
         cache, kind = self.cache, q_BTNH.dtype
         float_type = jnp.promote_types(kind, jnp.float32)
         product = functools.partial(jnp.einsum, preferred_element_type=float_type)
-        old_BNTS = product("BTNH,BNHS->BNTS", q_BTNH, cache.key.astype(kind))
+        keys, values = cache.key.astype(kind), cache.value.astype(kind)
+        if cache.in_registers:
+            keys, values = (_by_head(x, q_BTNH.shape[-1]) for x in (keys, values))
+            keys = keys.swapaxes(2, 3)
+        old_BNTS = product("BTNH,BNHS->BNTS", q_BTNH, keys)
         if cache.key_scale is not None:
             old_BNTS *= cache.key_scale[:, :, None]
         new_BNTS = product("BTNH,BSNH->BNTS", q_BTNH, key_BTNH)
@@ -174,7 +252,7 @@ class Step:
         total_BNT1 = old_BNTS.sum(axis=-1, keepdims=True) + new_BNTS.sum(-1, keepdims=True)
         if cache.value_scale is not None:
             old_BNTS *= cache.value_scale[:, :, None]
-        old_BNTH = product("BNTS,BNSH->BNTH", old_BNTS.astype(kind), cache.value.astype(kind))
+        old_BNTH = product("BNTS,BNSH->BNTH", old_BNTS.astype(kind), values)
         new_BNTH = product("BNTS,BSNH->BNTH", new_BNTS.astype(kind), value_BTNH)
         context_BNTH = (old_BNTH + new_BNTH) / total_BNT1
         return context_BNTH.swapaxes(1, 2).astype(kind)
@@ -226,8 +304,17 @@ def _write(
         value, new_value_scale = _quantise(value)
         key_scale = put(key_scale, new_key_scale, axis=2)
         value_scale = put(value_scale, new_value_scale, axis=2)
-    key, value = put(cache.key, key, axis=3), put(cache.value, value, axis=2)
-    return LayerCache(key, value, key_scale, value_scale, cache.window)
+    if cache.in_registers:
+        key, value = (x.reshape(*x.shape[:2], cache.key.shape[1], -1) for x in (key, value))
+    key, value = put(cache.key, key, axis=cache.axis_of_keys), put(cache.value, value, axis=2)
+    return LayerCache(key, value, key_scale, value_scale, cache.window, cache.in_registers)
+
+
+def _by_head(x: Array, head_dim: int) -> Array:
+    """[batch, registers, slots, lanes] → [batch, heads, slots, head_dim]."""
+    B, G, S, L = x.shape
+    parts_BGSPH = x.reshape(B, G, S, L // head_dim, head_dim)
+    return parts_BGSPH.swapaxes(2, 3).reshape(B, -1, S, head_dim)
 
 
 def _put(into: Array, what: Array, *, axis: int, slots: Int[Array, "batch seq"]) -> Array:
@@ -263,7 +350,7 @@ def _put_by_row(into: Array, what: Array, *, axis: int, slot: Int[Array, " batch
     return into
 
 
-def _quantise(x: Heads) -> tuple[jax.Array, jax.Array]:
+def _quantise(x: Float[Array, "*tokens head_dim"]) -> tuple[jax.Array, jax.Array]:
     """int8 numbers, and the scale of each token and head by which they are multiplied."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(x).max(axis=-1), jnp.finfo(jnp.float32).tiny) / _INT8_MAX

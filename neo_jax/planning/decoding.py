@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -90,29 +90,16 @@ def compile_decode(
       ConfigError: there is no compiler, the texts do not divide over the topology, or are
         longer than the model's positions.
     """
-    mesh = mesh_of(config, topology, options, context)
-    config = compiling.on_slices(config, topology)
     began = time.monotonic()
-    with jax.set_mesh(mesh):
-        graph, params = abstract_decoder(config, mesh, options.weight_dtype)
-        caches = _abstract_caches(config, mesh, options, context)
-        writing, rules = _start(config, mesh, options, caches, context)
-        run = jax.jit(functools.partial(decode.advance, graph), donate_argnums=1)
-        halted = np.zeros(options.batch_size, bool)
-        lowered = run.lower(params, writing, rules, np.int32(context), halted)
+    writing = lower(config, topology, options, context)
     one_pass = None
-    compiled, needed = compiling.compile_or_count(lowered, {})
+    compiled, needed = compiling.compile_or_count(writing.lowered, {})
     if compiled is not None:
         program = hlo.parse(compiled.as_text() or "")
-        places = predict.places(list(mesh.devices.flat))
+        places = predict.places(list(writing.mesh.devices.flat))
         one_pass = predict.one_more_trip(program, topology, places)
     chip, rows = topology.generation, options.batch_size
-    tied = config.model.tie_embeddings and options.weight_dtype == "auto"
-    weights = _product_bytes(params, tied) / mesh.shape["tensor"]
-    held = sum(
-        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(caches)
-    )
+    weights, held, mesh = writing.weight_bytes, writing.cache_bytes, writing.mesh
     bound = (weights + held) / (chip.hbm_bytes_per_second / chip.devices)
     seconds = None
     if one_pass is not None:
@@ -150,6 +137,39 @@ def compile_decode(
         libtpu=topologies.libtpu_version(),
         jax=jax.__version__,
     )
+
+
+class Writing(NamedTuple):
+    """The loop that writes, traced.
+
+    Attributes:
+      weight_bytes, cache_bytes: of one device, what each pass must read at least.
+    """
+
+    lowered: jax.stages.Lowered
+    weight_bytes: float
+    cache_bytes: float
+    mesh: Mesh
+
+
+def lower(config: Config, topology: Topology, options: Options, context: int) -> Writing:
+    """The loop of arguments that are nowhere; arguments and errors as `compile_decode`."""
+    mesh = mesh_of(config, topology, options, context)
+    config = compiling.on_slices(config, topology)
+    with jax.set_mesh(mesh):
+        graph, params = abstract_decoder(config, mesh, options.weight_dtype)
+        caches = _abstract_caches(config, mesh, options, context)
+        writing, rules = _start(config, mesh, options, caches, context)
+        run = jax.jit(functools.partial(decode.advance, graph), donate_argnums=1)
+        halted = np.zeros(options.batch_size, bool)
+        lowered = run.lower(params, writing, rules, np.int32(context), halted)
+    tied = config.model.tie_embeddings and options.weight_dtype == "auto"
+    held = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(caches)
+    )
+    weights = _product_bytes(params, tied) / mesh.shape["tensor"]
+    return Writing(lowered, weights, held, mesh)
 
 
 def _product_bytes(params: Params, tied: bool) -> int:

@@ -9,7 +9,8 @@ How an operation is timed:
   between HBM and the chip at the published bandwidth (counting.py counts both, leaving out
   whatever the program might spare itself).
 - A Pallas kernel has no cycles. Its FLOPs are those of the blocks that it visits (block sizes
-  and the width of its grid stand in the program), at `KERNEL_EFFICIENCY` of peak.
+  and the width of its grid stand in the program), at `KERNEL_EFFICIENCY` of peak; what it
+  moves comes at `KERNEL_BANDWIDTH` of HBM's.
 - A collective takes the bytes that a device must send or receive, over the links that its
   group can use, plus a latency a hop. Of several slices, the part between slices crosses the
   data centre's network.
@@ -48,6 +49,11 @@ from neo_jax.planning.topologies import Topology
 # 2026-06-02-v035-maxtext-ce-s8k-bs3.md. No such measurement of other generations was found;
 # where matrix units are slower beside the vector unit, the share can only be higher.
 KERNEL_EFFICIENCY = 0.336
+
+# Of a kernel that waits for HBM: "up to 86 % memory bandwidth utilization in decode", Llama 3
+# 8B on tpu7x, weights included, which XLA reads. Source: Ragged Paged Attention, arXiv
+# 2604.15464.
+KERNEL_BANDWIDTH = 0.86
 
 HOP_SECONDS = 1e-6  # latency of one ICI hop. Source: "How To Scale Your Model", sharding
 DCN_SECONDS = 1e-4  # latency between slices; two hosts and a switch
@@ -314,7 +320,9 @@ class _Timer:
         """Of a Pallas kernel; other custom calls only move what they are given."""
         moved = counting.hbm_bytes(self._program, computation, instruction)
         flops = counting.attention_flops(computation, instruction)
-        seconds = max(flops / (self._peak * KERNEL_EFFICIENCY), moved / self._hbm)
+        seconds = max(
+            flops / (self._peak * KERNEL_EFFICIENCY), moved / (self._hbm * KERNEL_BANDWIDTH)
+        )
         if "tpu_custom_call" not in instruction.text or not seconds:
             return None
         return _Cost("kernels", seconds, {"flops": flops, "hbm_bytes": moved})
