@@ -154,6 +154,17 @@ def test_the_command_takes_an_assistant_and_ends_texts(workdir, model, capsys) -
     assert record["finish_reason"] == "stop"
 
 
+def test_the_command_raises_a_tokens_score(workdir, capsys) -> None:
+    base = ["--checkpoint", str(workdir), "--prompt", "some words", "--json", "-"]
+    assert command.main([*base, "--max_new_tokens", "3", "--logit_bias", "7=1e4"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["token_ids"] == [7, 7, 7]
+    assert command.main([*base, "--logit_bias", "the=1"]) == 1
+    assert capsys.readouterr().err == (
+        "generate: --logit_bias 'the=1' is not ID=NUMBER, as in 262=-5.\n"
+    )
+
+
 def test_an_unknown_option_of_the_command_is_one_line(capsys) -> None:
     with pytest.raises(SystemExit) as error:
         command.main(["--checkpoint", "x", "--topk", "3"])

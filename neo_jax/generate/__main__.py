@@ -153,6 +153,12 @@ def _parser() -> _Parser:
         parser.add_argument(f"--{name}", action="append", metavar="TEXT", help=meaning)
     for name, choices in _CHOICES.items():
         parser.add_argument(f"--{name}", choices=choices)
+    parser.add_argument(
+        "--logit_bias",
+        action="append",
+        metavar="ID=NUMBER",
+        help="what a token's score is raised by, as in 262=-5",
+    )
     return parser
 
 
@@ -160,7 +166,17 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     names = (*_NUMBERS, _TOKENS, *_LISTS, *_CHOICES)
     given = {name: getattr(arguments, name) for name in names}
     switches = {"echo": arguments.echo, "early_stopping": arguments.early_stopping}
+    if arguments.logit_bias is not None:
+        given["logit_bias"] = dict(map(_bias, arguments.logit_bias))
     return switches | {k: v for k, v in given.items() if v is not None}
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ConfigError(f"--logit_bias {text!r} is not ID=NUMBER, as in 262=-5.") from None
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str | list[int]] | None:
