@@ -67,6 +67,7 @@ def shapes(tree: Any) -> Any:
 # ------------------------------------------------------------------------------ come back
 
 
+@pytest.mark.slow
 def test_four_steps_are_two_a_restart_and_two(tmp_path: pathlib.Path) -> None:
     config = tiny()
     mesh, tx, current = fresh(config, 1)

@@ -135,13 +135,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     jax.clear_caches()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache_dtype", "sizes"),
     [
         ("auto", {"data": 2, "fsdp": 2, "tensor": 2}),
-        pytest.param("auto", {}, marks=pytest.mark.slow),
-        pytest.param("int8", {}, marks=pytest.mark.slow),
-        pytest.param("int8", {"fsdp": 1, "tensor": 4, "data": 2}, marks=pytest.mark.slow),
+        ("auto", {}),
+        ("int8", {}),
+        ("int8", {"fsdp": 1, "tensor": 4, "data": 2}),
     ],
 )
 def test_texts_are_those_that_are_written_without_it(

@@ -140,6 +140,7 @@ def in_pefts_names(adapters: Params, rank: int) -> dict[str, np.ndarray]:
     return named
 
 
+@pytest.mark.slow
 def test_an_update_of_adapters_is_pefts(path: pathlib.Path) -> None:
     config = experiment(path, **LORA)
     loss, grads, after = our_step(config)

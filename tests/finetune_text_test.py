@@ -138,6 +138,7 @@ def first_batch(config: Config) -> list[dict[str, np.ndarray]]:
     return [batch]
 
 
+@pytest.mark.slow
 def test_devices_and_slices_leave_the_gradients_as_they_are(path) -> None:
     def gradients(config: Config, devices: int) -> Any:
         graph, _ = state.model_graph(config.model)

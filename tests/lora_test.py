@@ -144,6 +144,7 @@ def test_a_step_moves_the_adapters_alone() -> None:
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_int8_kernels_are_near_and_stay_int8_in_the_step() -> None:
     model = dataclasses.replace(CONFIG.model, kernel_dtype="int8")
     config = dataclasses.replace(CONFIG, model=model)

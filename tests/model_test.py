@@ -328,7 +328,11 @@ def test_remat_keeps_less_for_the_backward_pass():
 
 @pytest.mark.parametrize(
     ("sizes", "attention"),
-    [((2, 2, 2), "banded"), ((1, 8, 1), "reference"), ((2, 1, 4), "banded")],
+    [
+        pytest.param((2, 2, 2), "banded", marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), "reference", marks=pytest.mark.slow),
+        ((2, 1, 4), "banded"),
+    ],
 )
 def test_eight_devices_equal_one(sizes, attention):
     data, fsdp, tensor = sizes

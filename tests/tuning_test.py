@@ -55,10 +55,8 @@ def test_it_starts_from_the_checkpoints_shape_words_and_loss(
     assert np.isfinite(neo_jax.load(workdir).logits([[1, 2, 3]])).all()
 
 
-@pytest.mark.parametrize(
-    "trainable",
-    [*(pytest.param(k, marks=pytest.mark.slow) for k in ("all", "last_layers")), "lora"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["all", "last_layers", "lora"])
 def test_a_killed_tuning_goes_on_to_the_digit(
     experiment, finished, tmp_path, trainable: str
 ) -> None:
