@@ -3,7 +3,8 @@
 Command: python benchmarks/evaluate_vs_torch.py --checkpoint HF_DIR --data DIR \
     [--tasks piqa,wikitext] [--limit N] [--batch_size 16] [--json OUT]
 Prints for each task: requests, the largest difference of their log-likelihoods, how many
-greedy flags differ, every aggregate of both, and the seconds that each took. Data: the files
+greedy flags differ, every aggregate of both, and the seconds that each took. Transformers'
+backend adds the tokens of a long page up in float32, unless told `--float64`. Data: the files
 that `neo_jax.evaluate --data` reads; nothing is downloaded.
 """
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch_size", type=int, default=16, help="of transformers' model")
+    parser.add_argument("--float64", action="store_true", help="transformers' sums of tokens")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     host_memory.keep_freed_memory()
@@ -49,6 +51,7 @@ def main() -> None:
         ),
         batch_size=arguments.batch_size,
         max_length=2048,
+        softmax_dtype="float64" if arguments.float64 else None,
     )
     ours = NeoJaxLM(arguments.checkpoint)
     found = {}
