@@ -100,30 +100,9 @@ def decode_attention(
     entries, caches = ([x for x in each if x is not None] for each in (entry, cache))
     tile = 32 // size  # rows of a tile of registers, the least that is written
 
-    def of_token(b: Any, j: Any, held: Any) -> tuple[Any, ...]:
-        del j, held
-        return b, 0, 0
-
-    def of_block(b: Any, j: Any, held: Any) -> Any:
+    def read(b: Any, j: Any, held: Any) -> Any:
         # Behind the last token the same block again, which is not read again.
         return jnp.minimum(j, jnp.maximum(jnp.minimum(held[b], S) - 1, 0) // block)
-
-    def of_tile(b: Any, j: Any, held: Any) -> Any:
-        del j
-        return jax.lax.rem(held[b], S) // tile
-
-    def of_tile_of_scales(b: Any, j: Any, held: Any) -> Any:
-        del j
-        return jax.lax.rem(held[b], S) // _LANES
-
-    def part(x: Array, slots: int, index: Any) -> pl.BlockSpec:
-        """`slots` of one text, the `index`-th; of scales they are the last dimension."""
-        shape = (None, G, slots, L) if x.ndim == 4 else (None, N, slots)
-
-        def where(b: Any, j: Any, held: Any) -> tuple[Any, ...]:
-            return (b, 0, index(b, j, held), 0)[: x.ndim]
-
-        return pl.BlockSpec(shape, where)
 
     context, *after = pl.pallas_call(
         functools.partial(_kernel, window=window, num_slots=S, num_caches=len(caches)),
@@ -131,13 +110,13 @@ def decode_attention(
             num_scalar_prefetch=1,
             grid=(B, S // block),
             in_specs=[
-                *[pl.BlockSpec((None, *x.shape[1:]), of_token) for x in (*tokens, *entries)],
-                *[part(x, block, of_block) for x in caches],
+                *[_of_a_text(x) for x in (*tokens, *entries)],
+                *[_of_a_text(x, block, read) for x in caches],
             ],
             out_specs=[
-                pl.BlockSpec((None, N, L), of_token),
-                *[part(x, tile, of_tile) for x in caches[:2]],
-                *[part(x, _LANES, of_tile_of_scales) for x in caches[2:]],
+                _of_a_text(tokens[0]),
+                *[_tile_of_a_text(x, tile) for x in caches[:2]],
+                *[_tile_of_a_text(x, _LANES) for x in caches[2:]],
             ],
             scratch_shapes=[
                 pltpu.VMEM((N, block), jnp.float32),
@@ -173,6 +152,23 @@ def _own_part(x: Array, count: int) -> Array:
     B, N, L = x.shape
     parts = x.reshape(B, N // count, count, count, L // count)
     return jnp.stack([parts[:, :, i, i] for i in range(count)], axis=2).reshape(B, N, -1)
+
+
+def _of_a_text(x: Array, slots: int | None = None, index: Any = None) -> pl.BlockSpec:
+    """One text's whole, or `slots` of its slots (the third dimension), the `index`-th."""
+    shape: list[int | None] = [None, *x.shape[1:]]
+    if slots is not None:
+        shape[2] = slots
+
+    def where(b: Any, j: Any, held: Any) -> tuple[Any, ...]:
+        return (b, 0, 0 if index is None else index(b, j, held), 0)[: x.ndim]
+
+    return pl.BlockSpec(tuple(shape), where)
+
+
+def _tile_of_a_text(x: Array, slots: int) -> pl.BlockSpec:
+    """The `slots` that the new token enters."""
+    return _of_a_text(x, slots, lambda b, _, held: jax.lax.rem(held[b], x.shape[2]) // slots)
 
 
 def _block(slots: int, bytes_a_slot: int) -> int:

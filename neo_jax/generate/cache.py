@@ -94,7 +94,12 @@ def empty(
       for_kernels: in the order that a kernel of the target wants, where there is one.
     """
     kind = compute_dtype(config) if dtype == "auto" else jnp.dtype(dtype)
-    is_worth_it = for_kernels and (batch_size > 1 or config.embed_dim <= _SMALL)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, heads = (
+        total // math.prod(mesh.shape[axis] for axis in axes_of(name, mesh.shape))
+        for name, total in (("batch", batch_size), ("heads", config.num_heads))
+    )  # of one device
+    is_worth_it = for_kernels and (rows > 1 or config.embed_dim <= _SMALL)
     in_registers = is_worth_it and decode.compiles_for(target().generation)
 
     def one_layer(attention_type: str) -> LayerCache:
@@ -111,9 +116,7 @@ def empty(
 
         key, value = zeros((B, N, H, slots), kind), zeros((B, N, slots, H), kind)
         if in_registers:
-            mesh = jax.sharding.get_abstract_mesh()
-            ways = math.prod(mesh.shape[axis] for axis in axes_of("heads", mesh.shape))
-            count = decode.side_by_side(N // ways, H)
+            count = decode.side_by_side(heads, H)
             key = value = zeros((B, N // count, slots, count * H), kind)
         return LayerCache(key, value, scale(), scale(), window, in_registers)
 

@@ -118,9 +118,8 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
         return made.bytes * (given.in_hbm + made.in_hbm)
     said = re.search(r'"bytes_accessed":"(\d+)"', instruction.text)
     if said and "output_to_operand_aliasing" in instruction.text:
-        return float(
-            said[1]
-        )  # of a kernel that writes into what it reads, what it says itself
+        # A kernel that writes into what it reads: how much, it alone can say.
+        return float(said[1])
     inner = called(program, instruction)
     written = sum(array.bytes for array in instruction.arrays if array.in_hbm)
     read = 0.0

@@ -23,10 +23,11 @@ is waited for at its done; only operations that the schedule places in between h
 not asynchronous in the program is not hidden. `seconds_without_overlap` hides nothing.
 
 Limits: operations that the compiler gives no cycles and that move nothing (scalar work, waits
-of the host) are free; HBM traffic of prefetches does not slow the operation that they run
-beside; chips do not wait for a slower one; input is there in time. A bare 8192³ product takes
-88 % of peak on v5e and 70 % on v6e by the compiler's cycles (docs/plan.md), which bounds what
-can be predicted for a step.
+of the host) are free; an update in place moves its own bytes, not the tiles that it rewrites;
+HBM traffic of prefetches does not slow the operation that they run beside; chips do not wait
+for a slower one; input is there in time. A bare 8192³ product takes 88 % of peak on v5e and
+70 % on v6e by the compiler's cycles (docs/plan.md), which bounds what can be predicted for a
+step.
 """
 
 from __future__ import annotations
