@@ -94,11 +94,8 @@ def empty(
       for_kernels: in the order that a kernel of the target wants, where there is one.
     """
     kind = compute_dtype(config) if dtype == "auto" else jnp.dtype(dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, heads = (
-        total // math.prod(mesh.shape[axis] for axis in axes_of(name, mesh.shape))
-        for name, total in (("batch", batch_size), ("heads", config.num_heads))
-    )  # of one device
+    rows = _of_one_device("batch", batch_size)
+    heads = _of_one_device("heads", config.num_heads)
     is_worth_it = for_kernels and (rows > 1 or config.embed_dim <= _SMALL)
     in_registers = is_worth_it and decode.compiles_for(target().generation)
 
@@ -117,10 +114,18 @@ def empty(
         key, value = zeros((B, N, H, slots), kind), zeros((B, N, slots, H), kind)
         if in_registers:
             count = decode.side_by_side(heads, H)
-            key = value = zeros((B, N // count, slots, count * H), kind)
+            shape = B, N // count, slots, count * H
+            key, value = zeros(shape, kind), zeros(shape, kind)
         return LayerCache(key, value, scale(), scale(), window, in_registers)
 
     return tuple(one_layer(attention_type) for attention_type in config.layer_types)
+
+
+def _of_one_device(name: str, total: int) -> int:
+    """What a device of the mesh has of a dimension."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else axes_of(name, mesh.shape)
+    return total // math.prod(mesh.shape[axis] for axis in axes)
 
 
 def fit(caches: Caches, length: Int[Array, " batch"], chunk: int) -> Caches:
