@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 from collections.abc import Callable
 
@@ -52,6 +53,12 @@ def await_end(pid: int) -> None:
     subprocess.run(["tail", f"--pid={pid}", "-s", "0.02", "-f", "/dev/null"], check=True)
 
 
+def await_state(pid: int | str, state: str) -> None:
+    """Until /proc tells the state of process `pid`: stopped is T, ended and not yet told Z."""
+    while pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] != state:
+        os.sched_yield()
+
+
 def test_worker_notes_how_a_job_ended(host, tmp_path):
     assert host("state", "job") == "neo_jax-state host-0 absent - 0\n"
     pid = start(host, tmp_path, 'echo hello; printf ready >"$READY"; exit 3')
@@ -71,6 +78,21 @@ def test_worker_gives_a_job_the_time_to_save(host, tmp_path):
     assert "stopped job" in host("stop", "job")
     assert host("state", "job") == "neo_jax-state host-0 ended 75 12\n"
     assert host("stop", "job") == ""  # again: nothing to do
+
+
+def test_worker_notes_a_job_that_ended_as_the_signal_came(host, tmp_path):
+    program = """
+        trap 'exit 75' TERM
+        tail -f /dev/null & printf ready >"$READY"; wait"""
+    shell = start(host, tmp_path, program)
+    os.kill(shell, signal.SIGSTOP)  # it hears of the signal after its command's end
+    await_state(shell, "T")
+    (command,) = pathlib.Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+    os.killpg(shell, signal.SIGTERM)
+    await_state(command, "Z")
+    os.kill(shell, signal.SIGCONT)
+    await_end(shell)
+    assert host("state", "job") == "neo_jax-state host-0 ended 75 0\n"
 
 
 def test_worker_starting_ends_what_ran_before(host, tmp_path):

@@ -120,17 +120,12 @@ start() {
 
 # What a job's own process does: run the command, and note how it ended.
 job() {
-  local folder=$1 child code=0
+  local folder=$1 code=0
   shift
-  trap : TERM # which is for the command; this shell has to outlive it
-  "$@" &
-  child=$!
-  wait "$child" || code=$?
-  # A signal to the shell ends its wait, not the command.
-  while kill -0 "$child" 2>/dev/null; do
-    code=0
-    wait "$child" || code=$?
-  done
+  # A signal to the group is for the command; this shell has to outlive it. Not by `wait`, which
+  # a signal ends with a code of its own: a command in the foreground is waited for to its end.
+  trap : TERM
+  "$@" || code=$?
   echo "=== ended with $code"
   echo "$code" >"$folder/exit_code.partial"
   mv "$folder/exit_code.partial" "$folder/exit_code"
