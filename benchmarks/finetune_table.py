@@ -163,6 +163,7 @@ def _config(recipe: Recipe, seed: int, kind: str, folder: Any, flags: Any) -> Co
         f"train.seed={seed}",
         f"optimizer.learning_rate={flags.learning_rate}",
         f"data.seq_len={recipe.seq_len}",
+        "data.length_group=32",
         "classify.evaluations=2",
         "model.scan_layers=False",
         "finetune.export=none",

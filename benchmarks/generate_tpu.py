@@ -31,7 +31,7 @@ from neo_jax.planning import compiling, decoding, hlo, predict, topologies
 CONTEXT = 2048
 # The largest batches are those that fit.
 CELLS = (
-    *("neo_125m:1:auto", "neo_125m:1:int8", "neo_125m:384:auto"),
+    *("neo_125m:1:auto", "neo_125m:1:int8", "neo_125m:8:auto", "neo_125m:384:auto"),
     *("neo_1p3b:1:auto", "neo_1p3b:1:int8", "neo_1p3b:56:auto"),
     *("neo_2p7b:1:auto", "neo_2p7b:1:int8", "neo_2p7b:16:auto", "neo_2p7b:30:auto"),
 )

@@ -98,6 +98,9 @@ def decode_attention(
         *(x if x is None else x.reshape(B, G if x.ndim == 3 else N, -1) for x in entry)
     )
     entries, caches = ([x for x in each if x is not None] for each in (entry, cache))
+    if not interpret:
+        # Small ones XLA would bring to the chip's own memory whole, and back, around the kernel.
+        caches = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in caches]
     tile = 32 // size  # rows of a tile of registers, the least that is written
 
     def read(b: Any, j: Any, held: Any) -> Any:

@@ -39,12 +39,15 @@ class DataConfig:
     packing: Literal["concat", "best_fit", "none"] = "concat"
     isolate_documents: bool = False  # attention and positions start anew at each document
     shuffle: bool = True
+    # Examples of "classify" and "preference": that many of about one length come together, so
+    # that batches are little padding; best the batch size or a multiple. 0: all lengths mixed.
+    length_group: int = 0
     num_workers: int = 0  # processes that read ahead; 0 reads in this one
     allow_spec_change: bool = False  # resume though the data or its settings changed
 
     def __post_init__(self) -> None:
         require_positive(self, "data", "seq_len batch_size")
-        for key in ("num_workers", "max_document_bytes", "holdout_every"):
+        for key in ("num_workers", "max_document_bytes", "holdout_every", "length_group"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"data.{key}={getattr(self, key)} must not be negative.")
         if self.holdout_every and not 0 <= self.holdout_offset < self.holdout_every:

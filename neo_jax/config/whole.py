@@ -54,6 +54,11 @@ class Config:
                 f"task {self.task!r} with data.record_format={self.data.record_format!r}: "
                 f"records of preferences go with task 'preference', and only with it."
             )
+        if self.data.length_group and self.task not in ("classify", "preference"):
+            raise ConfigError(
+                f"data.length_group={self.data.length_group} with task {self.task!r}: text is "
+                f"packed into rows of one length; leave it 0."
+            )
         if (self.finetune.trainable == "lora") != bool(self.model.lora_rank):
             raise ConfigError(
                 f"finetune.trainable={self.finetune.trainable!r} with model.lora_rank="

@@ -127,6 +127,7 @@ class Classification(Tuning):
             seed=config.train.seed,
             batch_size=config.data.batch_size,
             host_rows=examples_lib.share(config.data.batch_size, index, count),
+            length_group=config.data.length_group,
         )
         return examples_lib.pipeline(batches, config.data)
 

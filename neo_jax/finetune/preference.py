@@ -253,6 +253,7 @@ class PreferenceTuning(Tuning):
             host_rows=rows,
             num_bytes=pairs.num_bytes,
             endless=split == "train",
+            length_group=self.config.data.length_group,
         )
 
     def _held_out(self) -> Iterator[Mapping[str, np.ndarray]]:

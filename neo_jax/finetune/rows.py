@@ -25,7 +25,7 @@ from neo_jax.evaluate.glue.asking import right_answer
 from neo_jax.evaluate.glue.tasks import Example, Task
 from neo_jax.tokenizer import Tokenizer
 
-_LENGTH_STEP = 16  # lengths of batches are multiples of it,
+_LENGTH_STEP = 8  # lengths of batches are multiples of it,
 _MOST_LENGTHS = 6  # or of more, so that no more of them are compiled
 
 

@@ -33,8 +33,8 @@ from neo_jax.sharding import axes_of, constrain, partition_spec, target
 Heads = Float[Array, "batch seq heads head_dim"]
 _INT8_MAX = 127
 # Of a lone text reading the weights is all the time; beside a kernel XLA fetches fewer of them
-# beforehand, which only small models make up for.
-_SMALL = 1024
+# beforehand where they are as large as 2.7B's.
+_SMALL = 2048
 _MOST_ROWS = 256  # that are written one after another, each an operation of the program
 
 
