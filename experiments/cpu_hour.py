@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 256
     config.data.batch_size = 8
 
-    config.train.num_steps = 12000
+    config.train.num_steps = 5000
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200
     config.loss.block_size = 256

@@ -42,6 +42,17 @@ hypothesis.settings.register_profile("neo_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("neo_jax")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Small programs spend their time in the compiler: the default tests do with its least.
+
+    That halves the suite. What `-m` selects is compiled as users do, the slow tests always.
+    """
+    if not config.option.markexpr and "xla_backend_optimization_level" not in (
+        flags := os.environ["XLA_FLAGS"]
+    ):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves tests marked `slow` out, unless `-m` says otherwise."""
     if config.option.markexpr:

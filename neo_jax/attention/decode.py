@@ -99,7 +99,7 @@ def decode_attention(
     )
     entries, caches = ([x for x in each if x is not None] for each in (entry, cache))
     if not interpret:
-        # Small ones XLA would bring to the chip's own memory whole, and back, around the kernel.
+        # Small ones XLA would bring to the chip's own memory whole, and back, around the call.
         caches = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in caches]
     tile = 32 // size  # rows of a tile of registers, the least that is written
 
