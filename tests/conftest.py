@@ -10,13 +10,16 @@ import sys
 
 import pytest
 
+import children
+
 NUM_DEVICES = 8
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set XLA_FLAGS.")
+# What the environment says comes last, and wins.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_DEVICES}"
-).strip()
+    f"{children.xla_flags(NUM_DEVICES)} {os.environ.get('XLA_FLAGS', '')}".strip()
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
@@ -40,17 +43,6 @@ jaxtyping.install_import_hook(
 # No deadline: compiling takes as long as it takes. Derandomised: a red run can be repeated.
 hypothesis.settings.register_profile("neo_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("neo_jax")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Small programs spend their time in the compiler: the default tests do with its least.
-
-    That halves the suite. What `-m` selects is compiled as users do, the slow tests always.
-    """
-    if not config.option.markexpr and "xla_backend_optimization_level" not in (
-        flags := os.environ["XLA_FLAGS"]
-    ):
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import children
 import neo_jax
 from neo_jax import config, convert, hf, pretrained, tokenizer
 
@@ -145,7 +146,7 @@ def test_stablehlo_runs_without_this_code(source, tmp_path):
         "assert 'neo_jax' not in sys.modules\n"
         "for each in (forward, decode): assert set(each.platforms) >= {'tpu', 'cpu', 'cuda'}\n"
     )
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": children.xla_flags()}
     subprocess.run([sys.executable, "-c", code, output], check=True, env=environment)
     assert convert.verify(str(source), str(output), None) == 0
     model = neo_jax.load(source)

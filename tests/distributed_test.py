@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+import children
 from neo_jax import distributed, main
 from neo_jax.checkpoint import Checkpointer
 from neo_jax.config import CheckpointConfig, ConfigError
@@ -137,7 +138,7 @@ def both(workdir: pathlib.Path, what: str, seed: int) -> None:
             cwd=ROOT,
             env={
                 **os.environ,
-                "XLA_FLAGS": "",
+                "XLA_FLAGS": children.xla_flags(),
                 **dict(zip(VARIABLES, (address, "2", str(index)), strict=True)),
             },
             stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 
+import children
 from evaluate_scoring_test import CONFIG, one_device, params, random_requests  # noqa: F401
 from neo_jax.evaluate import hosts
 from neo_jax.evaluate.scoring import Scorer
@@ -64,7 +65,7 @@ def test_two_hosts_score_as_one(params: Params) -> None:  # noqa: F811
         port = free.getsockname()[1]
     tests = pathlib.Path(__file__).parent
     code = HOST.format(path=[str(tests.parent), str(tests)], port=port)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": children.xla_flags(2), "JAX_PLATFORMS": "cpu"}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(index)],

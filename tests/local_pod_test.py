@@ -15,6 +15,7 @@ import sys
 
 import pytest
 
+from children import LEAST
 from main_test import EXPERIMENT
 from pod_scripts import ROOT, SCRIPTS, Cloud
 
@@ -48,7 +49,7 @@ def pod(tmp_path: pathlib.Path) -> Cloud:
         "OVERRIDES": "--config.eval.every=0 --config.eval.sample_tokens=0",
         "MAIN_FLAGS": f"--coordinator 127.0.0.1:{free_port()} --num_processes {HOSTS} "
         "--process_id %HOST%",
-        "JOB_ENV": f"JAX_PLATFORMS=cpu XLA_FLAGS= PYTHONPATH={ROOT} "
+        "JOB_ENV": f"JAX_PLATFORMS=cpu XLA_FLAGS={LEAST.split()[0]} PYTHONPATH={ROOT} "
         f"JAX_COMPILATION_CACHE_DIR={tmp_path}/cache",
     }
     return cloud

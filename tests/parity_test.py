@@ -229,21 +229,11 @@ def test_released_shapes_equal_torch(name, num_layers, initializer):
     config = preset_model(name, num_layers=num_layers, compute_dtype="float32")
     model = torch_model(config, initializer)
     params = hf.from_hf(numpy_state(model), config)
-    for seq in (1, 255, 256, 257, 513):
-        assert compare(config, model, params, seq) < TOLERANCE, seq
-    rows = padded_rows(2048)
-    for row in range(3):
-        ids = random_ids(config, 1, 2048)
-        mask, positions = (rows[key][row : row + 1] for key in ("mask", "positions"))
-        expected = torch_logits(model, ids, mask, positions)
-        actual = our_logits(
-            config,
-            params,
-            ids,
-            positions=jnp.asarray(positions),
-            segment_ids=jnp.asarray(mask),
-        )
-        assert error(actual, expected, mask == 1) < TOLERANCE, (2048, row)
+    assert compare(config, model, params, 385) < TOLERANCE  # 128 of them padding on the left
+    for seq in (1, 255, 256, 257, 513, *[2048] * (initializer == "mtf")):
+        ids = random_ids(config, 1, seq)
+        expected = torch_logits(model, ids)
+        assert error(our_logits(config, params, ids), expected) < TOLERANCE, seq
 
 
 # --------------------------------------------------------------------------------- float64

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from children import xla_flags
 from neo_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,10 +52,9 @@ sharding.make_mesh = interleaved
 
 def start(experiment: pathlib.Path, workdir: pathlib.Path, devices: int, *more: str):
     command = [sys.executable, "-m", "neo_jax.main", "--config", str(experiment)]
-    flag = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [*command, "--workdir", str(workdir), *more],
-        env={**os.environ, "XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "XLA_FLAGS": xla_flags(devices), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
