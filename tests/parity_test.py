@@ -219,10 +219,16 @@ def test_released_widths_equal_torch(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("initializer", ["mtf", "hf"])
 @pytest.mark.parametrize(
-    ("name", "num_layers"),
-    [("neo_125m", 12), ("neo_350m", 24), ("neo_1p3b", 2), ("neo_2p7b", 2)],
+    ("name", "num_layers", "initializer"),
+    [
+        ("neo_125m", 12, "mtf"),
+        ("neo_125m", 12, "hf"),
+        ("neo_350m", 24, "mtf"),
+        ("neo_350m", 24, "hf"),
+        ("neo_1p3b", 2, "mtf"),
+        ("neo_2p7b", 2, "mtf"),
+    ],
 )
 def test_released_shapes_equal_torch(name, num_layers, initializer):
     """Real vocabulary, width, heads and lengths; the two large ones with fewer layers."""

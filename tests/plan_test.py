@@ -201,7 +201,6 @@ def test_a_bare_product_takes_the_share_of_peak_that_it_always_took(
 # Four sequences a chip, whole training state.
 CASES = {
     "neo_125m v5e:2x2": ("data.batch_size=16", "model.remat=full"),
-    "neo_2p7b v5e:2x2": ("data.batch_size=16", "model.remat=full"),
 }
 
 

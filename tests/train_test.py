@@ -47,17 +47,25 @@ def ragged_batch(seed: int = 0) -> dict[str, np.ndarray]:
     return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
 
 
+@functools.cache
+def start(config: Config, devices: int = 1) -> tuple[jax.sharding.Mesh, TrainState, Any]:
+    """A mesh, a fresh state on it, and the compiled step."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    tx = optimizer.build(config.optimizer, config.train.num_steps)
+    graph, _ = state.model_graph(config.model)
+    with jax.set_mesh(mesh):
+        fresh = state.create(config.model, mesh, tx, config.train.seed)
+    step = functools.partial(train.train_step, graph=graph, config=config, tx=tx)
+    return mesh, fresh, jax.jit(step)
+
+
 def run_steps(
     config: Config, num_steps: int, devices: int = 1, batches: Any = ragged_batch
 ) -> tuple[TrainState, list[float]]:
     """A state after some steps, and their losses."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    tx = optimizer.build(config.optimizer, config.train.num_steps)
-    graph, _ = state.model_graph(config.model)
+    mesh, current, step = start(config, devices)
     losses = []
     with jax.set_mesh(mesh):
-        current = state.create(config.model, mesh, tx, config.train.seed)
-        step = jax.jit(functools.partial(train.train_step, graph=graph, config=config, tx=tx))
         for number in range(num_steps):
             batch = train.place_batch(batches(number), mesh, BATCH)
             current, metrics = step(current, batch)
@@ -88,6 +96,7 @@ def assert_equal_updates(ours: TrainState, theirs: TrainState) -> None:
     )
 
 
+@functools.cache
 def gradients(config: Config, devices: int = 1) -> tuple[Any, Any]:
     """Of the first batch, from a fresh state, on a mesh of some devices."""
     graph, _ = state.model_graph(config.model)
@@ -193,7 +202,9 @@ def test_every_way_of_computing_a_step_is_one_devices(sections: dict[str, Any]) 
 
 
 def test_two_runs_are_equal_to_the_digit() -> None:
-    assert run_steps(tiny(), 4)[1] == run_steps(tiny(), 4)[1]
+    first = run_steps(tiny(), 4)[1]
+    start.cache_clear()  # the second compiles for itself
+    assert run_steps(tiny(), 4)[1] == first
 
 
 def markov_batch(number: int) -> dict[str, np.ndarray]:
@@ -224,13 +235,8 @@ def test_bfloat16_stays_within_one_percent_of_float32_over_100_steps() -> None:
 
 def test_a_step_reports_the_rate_it_used() -> None:
     config = tiny(optimizer={"warmup_steps": 4, "learning_rate": 1e-2})
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    tx = optimizer.build(config.optimizer, config.train.num_steps)
-    graph, _ = state.model_graph(config.model)
-    current = state.create(config.model, mesh, tx, 0)
-    batch = jax.tree.map(jnp.asarray, ragged_batch())
-    step = jax.jit(functools.partial(train.train_step, graph=graph, config=config, tx=tx))
-    after, metrics = step(current, batch)
+    _, fresh, step = start(config)
+    after, metrics = step(fresh, jax.tree.map(jnp.asarray, ragged_batch()))
     assert float(metrics["learning_rate"]) == pytest.approx(1e-2 / 4)
     assert int(after.step) == 1
     # Adam's first direction has entries of ±1, decay adds a little.
@@ -252,31 +258,28 @@ def test_without_weights_nothing_is_divided_by_zero() -> None:
 def test_a_spike_leaves_parameters_moments_and_count_untouched() -> None:
     """Of a loss that is no number, and of a finite one above a window of low ones."""
     config = tiny(optimizer={"schedule": "cosine", "warmup_steps": 4})
-    tx = optimizer.build(config.optimizer, config.train.num_steps)
-    graph, _ = state.model_graph(config.model)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    step = jax.jit(functools.partial(train.train_step, graph=graph, config=config, tx=tx))
+    _, fresh, step = start(config)
     good = jax.tree.map(jnp.asarray, ragged_batch())
     bad = {**good, "weights": good["weights"].at[0, 0].set(jnp.nan)}
-    before, _ = step(state.create(config.model, mesh, tx, 0), good)
+    before, _ = step(fresh, good)
 
     low = 1 + 0.01 * (-1.0) ** np.arange(optimizer.SPIKE_WINDOW)
     usual = optimizer.Recent(jnp.asarray(low, jnp.float32), jnp.asarray(low.size, jnp.int32))
     warned = dataclasses.replace(before, spikes=before.spikes._replace(loss=usual))
-    for start, batch, finite in ((before, bad, False), (warned, good, True)):
-        after, metrics = step(start, batch)
+    for earlier, batch, finite in ((before, bad, False), (warned, good, True)):
+        after, metrics = step(earlier, batch)
         assert np.isfinite(float(metrics["loss"])) == finite
         for untouched in ("params", "opt_state"):
             jax.tree.map(
                 np.testing.assert_array_equal,
                 getattr(after, untouched),
-                getattr(start, untouched),
+                getattr(earlier, untouched),
             )
-        assert int(after.step) == int(start.step) + 1
+        assert int(after.step) == int(earlier.step) + 1
         assert (int(metrics["skipped"]), int(metrics["non_finite"])) == (1, int(not finite))
         assert int(metrics["skipped_in_a_row"]) == 1
         # A finite value is remembered though its update is not made.
-        assert int(after.spikes.loss.seen) == int(start.spikes.loss.seen) + finite
+        assert int(after.spikes.loss.seen) == int(earlier.spikes.loss.seen) + finite
         # The next update takes up the schedule where it stood, and is made.
         _, metrics = step(after, good)
         rate = optimizer.schedule(config.optimizer, config.train.num_steps)(1)
