@@ -49,6 +49,7 @@ def pod(tmp_path: pathlib.Path) -> Cloud:
         "OVERRIDES": "--config.eval.every=0 --config.eval.sample_tokens=0",
         "MAIN_FLAGS": f"--coordinator 127.0.0.1:{free_port()} --num_processes {HOSTS} "
         "--process_id %HOST%",
+        # One flag: JOB_ENV is divided at spaces.
         "JOB_ENV": f"JAX_PLATFORMS=cpu XLA_FLAGS={LEAST.split()[0]} PYTHONPATH={ROOT} "
         f"JAX_COMPILATION_CACHE_DIR={tmp_path}/cache",
     }
